@@ -1,0 +1,267 @@
+"""Sampling: our own decode loop over a 16-bit copy of the weights.
+
+    rollout = Sampler(hf_model, eos_ids).generate(prompts, group_size=8, max_new_tokens=64, temperature=1.0, seed=0)
+
+Where the speed comes from, largest first (the benchmark in plots/ measures each):
+- drawing a token by inverting the cumulative distribution with one uniform number (torch.multinomial on a CPU takes longer than the
+  whole model's forward pass at a vocabulary of 50,000);
+- weights with LoRA merged in, q/k/v and gate/up as one matrix each, refreshed before every rollout (`LlamaDecoder`);
+- a prompt is computed once and its keys and values are copied to its G samples;
+- a preallocated KV cache; rows that met an EOS are dropped from the batch.
+Models outside the Llama family decode through transformers' own forward pass, with the same cache, unmerged.
+
+Every row has its own uniform numbers, drawn before decoding, so a sample does not depend on what else is in the batch.
+"""
+
+import logging
+from dataclasses import dataclass
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a missing optional CPU kernel on import
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+
+KV_BYTES = 2**30  # the cache of one batch; more rows than fit are decoded in several batches
+LOGITS = 2**25  # rows x vocabulary of one batch, 128 MiB in fp32
+
+
+@dataclass
+class Rollout:
+    completions: list  # B lists of G lists of token ids; the EOS is included where the answer ended
+    logps: list  # same shape: log-probability (nats) of each token as the sampler saw it
+    truncated: list  # B lists of G bools: True where max_new_tokens came before an EOS
+
+
+class Cache:
+    """Keys and values of R rows and up to S positions. Rows are left-padded: all write to the same slot, positions differ."""
+
+    def __init__(self, layers, rows, heads, slots, width, dtype, device):
+        self.kv = torch.zeros(layers, 2, rows, heads, slots, width, dtype=dtype, device=device)
+        self.slot, self.length = 0, slots
+        self.mask = None  # (R, S) bool, False on left padding; None if there is none
+
+    def attend(self, layer, q, k, v, scaling):
+        """q (R, H, n, d), k and v (R, K, n, d) of the next n positions -> (R, n, H, d). n > 1 only for the prompt."""
+        (rows, _, n, _), end = q.shape, self.slot + q.shape[2]
+        keys, values = self.kv[layer]
+        keys[:, :, self.slot : end], values[:, :, self.slot : end] = k, v
+        repeat = q.shape[1] // k.shape[1]
+        if n > 1:
+            causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+            if self.mask is not None:  # padding sees itself: a softmax over nothing would be NaN and spread through the values
+                causal = (causal & self.mask[:, None, None, :n]) | torch.eye(n, dtype=torch.bool, device=q.device)
+            out = F.scaled_dot_product_attention(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), causal, scale=scaling)
+        else:  # one query for each head: heads that share keys become the query axis, so keys are not repeated
+            mask = None if self.mask is None else self.mask[:, None, None, :end]
+            q = q.reshape(rows, k.shape[1], repeat, -1)
+            out = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=scaling).reshape(rows, -1, 1, v.shape[-1])
+        return out.transpose(1, 2)
+
+    def fan_out(self, group_size, slots):
+        """The cache of the samples: each row's prompt copied group_size times, with room for `slots` positions."""
+        layers, _, rows, heads, length, width = self.kv.shape
+        big = Cache(layers, rows * group_size, heads, slots, width, self.kv.dtype, self.kv.device)
+        big.kv.view(layers, 2, rows, group_size, heads, slots, width)[..., :length, :] = self.kv.unsqueeze(3)
+        if self.mask is not None:
+            big.mask = F.pad(self.mask.repeat_interleave(group_size, 0), (0, slots - length), value=True)
+        big.slot = self.slot
+        return big
+
+    def keep(self, rows):
+        """Drop all rows but these (index tensor)."""
+        self.kv = self.kv.index_select(2, rows)
+        self.mask = None if self.mask is None else self.mask.index_select(0, rows)
+
+
+class LlamaDecoder:
+    """Forward pass of Llama, Qwen2, Qwen3 and Mistral over merged, fused weights; equal to transformers' up to rounding.
+
+    hf: the transformers model with LoRA layers injected (their active adapter is merged), weights 4-bit or not.
+    """
+
+    def __init__(self, hf):
+        self.hf, self.model, config = hf, hf.base_model, hf.config
+        self.dtype = self.model.embed_tokens.weight.dtype
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.eps = config.rms_norm_eps
+        self.groups = []  # for each layer: the fused linear layers and where they come from
+        for layer in self.model.layers:
+            a, m = layer.self_attn, layer.mlp
+            self.groups.append([[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]])
+        device = self.model.embed_tokens.weight.device
+        self.weights = [
+            [torch.empty(sum(p.out_features for p in g), g[0].in_features, dtype=self.dtype, device=device) for g in groups]
+            for groups in self.groups
+        ]
+        self.biases = [[self.fused_bias(g) for g in groups] for groups in self.groups]
+
+    @staticmethod
+    def supports(hf):
+        config = hf.config
+        rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        window = getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(config, "sliding_window", None)
+        known = config.model_type in ("llama", "qwen2", "qwen3", "mistral") and config.hidden_act == "silu"
+        return known and rope in ("default", "linear", "llama3", "yarn") and not window
+
+    @staticmethod
+    def fused_bias(group):
+        biases = [base_layer(p).bias for p in group]
+        return None if biases[0] is None else torch.cat(biases)
+
+    def refresh(self):
+        """Merge the current adapters into the copy. In fp32, then rounded once."""
+        for groups, weights in zip(self.groups, self.weights):
+            for group, fused in zip(groups, weights):
+                for part, projection in zip(fused.split([p.out_features for p in group]), group):
+                    part.copy_(merged_weight(projection))
+
+    def forward(self, ids, positions, cache):
+        """ids, positions (R, n) -> hidden states (R, n, D); keys and values go to the cache."""
+        x = self.model.embed_tokens(ids)
+        cos, sin = (t[:, None] for t in self.model.rotary_emb(x, positions))  # (R, 1, n, d)
+        R, n = ids.shape
+        heads = [self.heads, self.kv_heads, self.kv_heads]
+        for i, layer in enumerate(self.model.layers):
+            (qkv, o, gate_up, down), (b_qkv, b_o, b_gate_up, b_down) = self.weights[i], self.biases[i]
+            attention = layer.self_attn
+            h = F.linear(self.norm(x, layer.input_layernorm), qkv, b_qkv).view(R, n, -1, self.width)
+            q, k, v = (t.transpose(1, 2) for t in h.split(heads, 2))
+            if hasattr(attention, "q_norm"):  # Qwen3
+                q, k = self.norm(q, attention.q_norm), self.norm(k, attention.k_norm)
+            h = cache.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v, attention.scaling)
+            x = x + F.linear(h.reshape(R, n, -1), o, b_o)
+            gate, up = F.linear(self.norm(x, layer.post_attention_layernorm), gate_up, b_gate_up).chunk(2, -1)
+            x = x + F.linear(F.silu(gate) * up, down, b_down)
+        return self.norm(x, self.model.norm)
+
+    def norm(self, x, module):
+        return F.rms_norm(x, x.shape[-1:], module.weight, self.eps)
+
+
+class HFDecoder:
+    """Forward pass of any other model that takes an attention function by name: transformers' own modules, adapters unmerged."""
+
+    def __init__(self, hf):
+        self.hf, self.model, config = hf, hf.base_model, hf.config
+        self.dtype = hf.get_input_embeddings().weight.dtype
+        self.kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def refresh(self):
+        pass
+
+    def forward(self, ids, positions, cache):
+        return self.model(input_ids=ids, position_ids=positions, use_cache=False, layout=cache).last_hidden_state
+
+
+def base_layer(module):
+    return getattr(module, "base_layer", module)
+
+
+def merged_weight(module):
+    """The weight of a linear layer with its active LoRA adapter, fp32, dequantised if it is NF4: W + scaling * B A."""
+    base = base_layer(module)
+    if isinstance(base, bnb.nn.Linear4bit):
+        weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
+    else:
+        weight = base.weight.float()
+    if base is not module and not module.disable_adapters:
+        (name,) = module.active_adapters
+        weight = torch.addmm(weight, module.lora_B[name].weight, module.lora_A[name].weight, alpha=module.scaling[name])
+    return weight
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding, halves convention (arXiv 2104.09864)."""
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat([-b, a], -1) * sin
+
+
+def draw(logits, temperature, uniform):
+    """One token for each row from softmax(logits / temperature) by inverting its CDF, and its log-probability.
+
+    logits (R, V), uniform (R,) in [0, 1) -> tokens (R,), logp (R,) fp32. temperature 0 takes the largest logit, logp at T = 1.
+    """
+    logits = logits.float()
+    if temperature == 0:
+        tokens = logits.argmax(-1)
+    else:
+        logits = logits / temperature
+        cdf = torch.softmax(logits, -1).cumsum(-1)
+        # right=True never picks a token of probability 0; scaling by the last entry absorbs the sum's rounding.
+        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+class Sampler:
+    """hf: a transformers causal LM whose attention implementation is policy.shared_prefix_attention; eos_ids: ids that end an answer."""
+
+    def __init__(self, hf, eos_ids):
+        self.hf = hf
+        self.decoder = LlamaDecoder(hf) if LlamaDecoder.supports(hf) else HFDecoder(hf)
+        self.device = hf.get_input_embeddings().weight.device
+        self.eos = torch.tensor(eos_ids, device=self.device)
+
+    @torch.no_grad()
+    def generate(self, prompts, group_size, max_new_tokens, temperature, seed):
+        """See policy.Policy.generate."""
+        self.decoder.refresh()
+        rows = len(prompts) * group_size
+        # Drawn on the CPU: the same numbers on every device.
+        uniform = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float().clamp_(max=1 - 2**-24)
+        per_token = 2 * self.hf.config.num_hidden_layers * self.decoder.kv_heads * self.decoder.width * self.decoder.dtype.itemsize
+        row_bytes = per_token * (max(map(len, prompts)) + max_new_tokens)
+        at_once = max(1, min(KV_BYTES // row_bytes, LOGITS // self.hf.config.vocab_size) // group_size)  # prompts
+        rollout = Rollout([], [], [])
+        for i in range(0, len(prompts), at_once):
+            part = prompts[i : i + at_once]
+            tokens, logps, lengths, ended = self.decode(part, group_size, temperature, uniform[i * group_size :][: len(part) * group_size])
+            for j in range(0, len(tokens), group_size):
+                rows = range(j, j + group_size)
+                rollout.completions.append([tokens[r, : lengths[r]].tolist() for r in rows])
+                rollout.logps.append([logps[r, : lengths[r]].tolist() for r in rows])
+                rollout.truncated.append([not ended[r] for r in rows])
+        return rollout
+
+    def decode(self, prompts, group_size, temperature, uniform):
+        """One batch -> tokens (R, T), logps (R, T), lengths (R,), ended (R,), R = prompts x group_size, on the CPU."""
+        R, T = uniform.shape
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        P = int(lengths.max())
+        ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=self.device)
+        valid = torch.arange(P, device=self.device) >= (P - lengths)[:, None]
+        cache = Cache(self.hf.config.num_hidden_layers, len(prompts), self.decoder.kv_heads, P, self.decoder.width, self.decoder.dtype, self.device)
+        cache.mask = None if bool(valid.all()) else valid
+        hidden = self.decoder.forward(ids, (valid.cumsum(-1) - 1).clamp_(min=0), cache)[:, -1]
+        cache.slot = P
+        cache = cache.fan_out(group_size, P + T)
+        hidden = hidden.repeat_interleave(group_size, 0)
+        position = lengths.repeat_interleave(group_size)
+
+        uniform = uniform.to(self.device)
+        tokens = torch.zeros(R, T, dtype=torch.long, device=self.device)
+        logps = torch.zeros(R, T, device=self.device)
+        alive = torch.arange(R, device=self.device)  # which sample each row of the batch is
+        running = torch.ones(R, dtype=torch.bool, device=self.device)  # of the rows of the batch
+        head = self.hf.get_output_embeddings()
+        for t in range(T):
+            logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+            token, logp = draw(logits, temperature, uniform[alive, t])
+            tokens[alive[running], t], logps[alive[running], t] = token[running], logp[running]
+            running &= ~torch.isin(token, self.eos)
+            left = int(running.sum())
+            if left == 0 or t == T - 1:
+                break
+            if left <= 0.8 * len(running):  # dropping rows copies the cache, so several at a time
+                keep = running.nonzero()[:, 0]
+                cache.keep(keep)
+                alive, token, position, running = alive[keep], token[keep], position[keep], running[keep]
+            hidden = self.decoder.forward(token[:, None], position[:, None], cache)[:, -1]
+            cache.slot += 1
+            position = position + 1
+        is_eos = torch.isin(tokens, self.eos)
+        # An unfinished row holds no EOS; zeros after a finished row's EOS do not matter even where 0 is an EOS id, the first one counts.
+        ended = is_eos.any(-1)
+        lengths = torch.where(ended, is_eos.int().argmax(-1) + 1, T)
+        return tokens.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()
