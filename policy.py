@@ -1,4 +1,4 @@
-"""The policy: one frozen backbone, LoRA adapters as roles, sampling, and log-probabilities that never hold tokens x vocabulary.
+"""The policy: one frozen backbone, LoRA adapters as roles.
 
     policy = Policy.load("tiny", quantize="nf4")                       # or a hub name, a local directory, a GGUF file
     prompts = [policy.encode_prompt("list 3 animals")]                 # token ids
@@ -6,13 +6,8 @@
     scored = policy.token_logps(prompts, rollout.completions)          # (B, G, T), with gradient
     policy.save("adapter")                                             # PEFT format
 
-Three ideas carry the file.
-1. A *group* is a prompt with its G completions. `Pack` lays groups out as one ragged row of tokens, every prompt once, no padding;
-   `shared_prefix_attention` lets each completion see its own prompt and its own past. Any transformers model that takes an attention
-   function by name is scored this way, so linear layers spend nothing on padding or on a prompt repeated G times.
-2. `ChunkedLogProb` takes hidden states through the output head a few rows at a time. d logp / d hidden = (W[y] - sum_v p_v W_v) / T
-   is known in the forward pass, so it is computed there, and the backward pass only scales it: nothing is recomputed.
-3. `sampling.Sampler` decodes from a 16-bit copy of the weights with LoRA merged in; the difference to the scored probabilities is logged.
+scoring.py says how completions get their log-probabilities, sampling.py how they are drawn; this file loads the model, keeps the
+adapters' roles apart, and turns text into tokens.
 
 Adapters are fp32 whatever the backbone; dropout is off everywhere, so the ratio of new to old probabilities is 1 before an update.
 """
@@ -20,166 +15,30 @@ Adapters are fp32 whatever the backbone; dropout is off everywhere, so the ratio
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
 import warnings
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # on import it reports a missing optional CPU kernel
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data import UserError
 from sampling import Rollout, Sampler
+from scoring import ChunkedLogProb, Pack, Scored, lora_forward
 
 TINY = Path(__file__).parent / "data" / "tiny"
-CHUNK_LOGITS = 2**25  # logits alive at once in the output head: 128 MiB in fp32, about 220 tokens of a 151,936 vocabulary
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Log-probabilities without a tokens x vocabulary matrix
-
-
-class ChunkedLogProb(torch.autograd.Function):
-    """log softmax(h W^T / T)[target] and the entropy of that softmax, a chunk of rows at a time.
-
-    hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> logp (N,), entropy (N,), both fp32, nats (fp64 for fp64 input).
-    Gradient reaches `hidden` only: the head is frozen. The entropy is for logging and has no gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, temperature):
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        logp = hidden.new_empty(len(hidden), dtype=precise)
-        entropy = torch.empty_like(logp)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_LOGITS // len(weight))
-        for i in range(0, len(hidden), rows):
-            chunk, y = slice(i, i + rows), targets[i : i + rows]
-            logits = F.linear(hidden[chunk], weight, bias).to(precise).div_(temperature)  # (rows, V)
-            lse = logits.logsumexp(-1)
-            logp[chunk] = logits.gather(-1, y[:, None])[:, 0] - lse
-            p = (logits - lse[:, None]).exp_()
-            entropy[chunk] = lse - torch.linalg.vecdot(p, logits)
-            if grad is not None:
-                grad[chunk] = (weight[y] - p.to(weight.dtype) @ weight) / temperature
-        ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(entropy)
-        return logp, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp, _):
-        (grad,) = ctx.saved_tensors
-        return grad * grad_logp[:, None].to(grad.dtype), None, None, None, None
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# A ragged batch of prompt groups
-
-
-class Pack:
-    """B prompts with G completions each, as one row of N tokens: all prompts, then all completions, nothing padded.
-
-    prompts: B lists of token ids; completions: B lists of G lists of token ids (none empty; they hold their EOS).
-    `source` (B*G, T) is the row whose hidden state predicts each completion token (the prompt's last row for the first one), `last`
-    (B*G,) the row of each completion's last token, `mask` (B*G, T) its validity, from lengths and never from token ids.
-    """
-
-    def __init__(self, prompts, completions, device):
-        groups = {len(group) for group in completions}
-        if len(prompts) != len(completions) or len(groups) != 1:
-            raise ValueError(f"{len(prompts)} prompts need as many groups of one size, got {len(completions)} of sizes {sorted(groups)}")
-        if not all(prompts) or not all(c for group in completions for c in group):
-            raise ValueError("a prompt or a completion has no tokens")
-        self.B, self.G = len(prompts), groups.pop()
-        flat = [c for group in completions for c in group]
-        self.ids = torch.tensor([[t for seq in [*prompts, *flat] for t in seq]], device=device)  # (1, N)
-        p_len = torch.tensor([len(p) for p in prompts])
-        c_len = torch.tensor([len(c) for c in flat])
-        P, T = int(p_len.max()), int(c_len.max())
-        p_start = p_len.cumsum(0) - p_len
-        c_start = p_len.sum() + c_len.cumsum(0) - c_len
-        p_mask = torch.arange(P) < p_len[:, None]  # (B, P)
-        c_mask = torch.arange(T) < c_len[:, None]  # (B*G, T)
-        p_of = torch.arange(self.B).repeat_interleave(self.G)  # the prompt of each completion
-        p_pos = torch.arange(P).expand(self.B, P)
-        c_pos = torch.arange(T) + p_len[p_of, None]
-        positions = torch.cat([p_pos[p_mask], c_pos[c_mask]])[None]
-        # Slots beyond a sequence's end point at row 0: attention reads them, its mask or causality hides them, nobody writes them back.
-        p_index = torch.where(p_mask, p_start[:, None] + p_pos, 0)  # (B, P)
-        c_index = torch.where(c_mask, c_start[:, None] + torch.arange(T), 0)  # (B*G, T)
-        prompt_end = (p_start + p_len - 1)[p_of, None]
-        source = torch.where(c_mask, torch.cat([prompt_end, c_index[:, :-1]], 1), 0)
-        # A completion token sees its prompt and its own past: (B*G, 1, T, P + T)
-        see_prompt = p_mask[p_of, None, :].expand(-1, T, P)
-        see_past = torch.ones(T, T, dtype=torch.bool).tril().expand(len(flat), T, T)
-        attend = torch.cat([see_prompt, see_past], -1)[:, None]
-        back = torch.cat([torch.arange(self.B * P).view(self.B, P)[p_mask], self.B * P + torch.arange(c_mask.numel()).view_as(c_mask)[c_mask]])
-        last = c_start + c_len - 1
-        self.length, self.p_of = P + T, p_of.to(device)
-        self.positions, self.p_index, self.c_index, self.source, self.mask, self.attend_mask, self.back, self.last = (
-            x.to(device) for x in (positions, p_index, c_index, source, c_mask, attend, back, last)
-        )
-        self.targets = self.ids[0][self.c_index]  # (B*G, T)
-
-    def attend(self, layer, q, k, v, scaling):
-        """q (1, H, N, d), k and v (1, K, N, d) -> (1, N, H, d): attention within each group, the prompt's part computed once."""
-        repeat = q.shape[1] // k.shape[1]
-        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
-
-        def rows(x, index):  # -> (*index.shape, heads, d); index_select's backward is an index_add, much faster than x[index]'s
-            return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
-
-        def heads(x):  # (S, L, K, d) -> (S, H, L, d)
-            return x.transpose(1, 2).repeat_interleave(repeat, 1)
-
-        k_prompt, v_prompt = rows(k, self.p_index), rows(v, self.p_index)
-        prompt = F.scaled_dot_product_attention(
-            rows(q, self.p_index).transpose(1, 2), heads(k_prompt), heads(v_prompt), is_causal=True, scale=scaling
-        )  # (B, H, P, d)
-        completion = F.scaled_dot_product_attention(
-            rows(q, self.c_index).transpose(1, 2),
-            heads(torch.cat([k_prompt.index_select(0, self.p_of), rows(k, self.c_index)], 1)),
-            heads(torch.cat([v_prompt.index_select(0, self.p_of), rows(v, self.c_index)], 1)),
-            attn_mask=self.attend_mask,
-            scale=scaling,
-        )  # (B*G, H, T, d)
-        out = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prompt, completion)])  # (B*P + B*G*T, H, d)
-        return out.index_select(0, self.back)[None]
-
-
-def shared_prefix_attention(module, query, key, value, attention_mask, *, layout, scaling=None, **kwargs):
-    """transformers' attention interface; `layout` (a Pack, or a sampler's KV cache) knows who sees whom. Source: transformers docs."""
-    window = kwargs.get("sliding_window")
-    if (window and layout.length > window) or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise UserError(f"{type(module).__name__} uses a sliding window shorter than the text, soft-capping or sinks: not supported")
-    return layout.attend(module.layer_idx, query, key, value, scaling), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("shared_prefix", shared_prefix_attention)
-
-
-@dataclass
-class Scored:
-    """What the policy thinks of given completions; every field (B, G, T), 0 where mask is False."""
-
-    logps: torch.Tensor  # log pi(o_t | q, o_<t) at the sampling temperature, nats, with gradient unless under no_grad
-    mask: torch.Tensor  # bool, True on completion tokens, EOS included
-    entropy: torch.Tensor  # of the next-token distribution, nats, detached
-
-    def sequence_mean(self):
-        """(B, G): 1/|o| sum_t log pi(o_t), the length-normalised log-likelihood (J_expl and J_imit of GRAO)."""
-        return self.logps.sum(-1) / self.mask.sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -193,6 +52,7 @@ class Policy:
         self.hf, self.tokenizer, self.name, self.source, self.dtype = hf, tokenizer, name, source, dtype
         self.device = next(hf.parameters()).device
         self.peft = self.reference_adapter = self.sampler = None
+        self.heads = {}  # role -> its scalar head
         eos = hf.generation_config.eos_token_id if hf.generation_config else None
         eos = set(eos if isinstance(eos, (list, tuple)) else [eos]) | {tokenizer.eos_token_id}
         self.eos_ids = sorted(eos - {None})  # Qwen3 has two; each ends a completion
@@ -250,20 +110,39 @@ class Policy:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
             hf.enable_input_require_grads()
         policy.layers = [m for m in hf.modules() if isinstance(m, LoraLayer)]
+        for layer in policy.layers:
+            if isinstance(layer.base_layer, torch.nn.Linear):  # GPT-2's Conv1D and the routers of mixtures keep PEFT's forward
+                layer.forward = partial(lora_forward, layer)
         policy.activate("default")
         # Training mode throughout, without dropout: in eval mode bitsandbytes' CPU kernels repack NF4 weights for good at the first
         # forward without gradient and never give a gradient again; checkpointing, too, works in training mode only.
         hf.train()
-        for module in hf.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.eval()
+        for module in hf.modules():  # rates of Dropout modules, and those that OPT and others hand to F.dropout or to attention
+            for name in [n for n, rate in vars(module).items() if isinstance(rate, float) and (isinstance(module, torch.nn.Dropout) or "drop" in n)]:
+                setattr(module, name, 0.0)
+        policy.check_packing()
         return policy
 
-    def trainable(self):
-        """The policy adapter's parameters by name, fp32."""
-        return {n: p for n, p in self.peft.named_parameters() if ".default." in n}
+    def trainable(self, adapter="default"):
+        """An adapter's parameters by name, fp32: the policy's, or a further role's without its head."""
+        return {n: p for n, p in self.peft.named_parameters() if ".lora_" in n and f".{adapter}." in n}
 
     # -- roles --------------------------------------------------------------------------------------------------------------------
+
+    def add_role(self, name):
+        """One more LoRA adapter on the backbone, of the policy adapter's shape, with a scalar head: a value function, a reward model, a
+        discriminator. LoRA's B and the head start at 0, so it says 0 everywhere. Returns its parameters by name, head included.
+        """
+        shape = self.peft.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "init_lora_weights": True, "inference_mode": False}
+        self.peft.add_adapter(name, LoraConfig(**shape))
+        self.activate("default")
+        parameters = self.trainable(name)
+        self.heads[name] = head = torch.nn.Linear(self.hf.get_output_embeddings().weight.shape[1], 1, device=self.device)  # fp32
+        torch.nn.init.zeros_(head.weight)
+        torch.nn.init.zeros_(head.bias)
+        for p in [*parameters.values(), *self.trainable().values()]:  # PEFT freezes what it does not call active
+            p.requires_grad_(True)
+        return parameters | {f"{name}_head.{n}": p for n, p in head.named_parameters()}
 
     def activate(self, adapter):
         """Make `adapter` the one that forward passes use; None is the backbone alone. Which parameters train is not touched."""
@@ -274,9 +153,10 @@ class Policy:
 
     @contextlib.contextmanager
     def role(self, name):
-        """Within the block forward passes are those of "policy" or "reference"; restored on the way out, by an exception too."""
+        """Within the block forward passes are those of "policy", "reference", or a role of add_role; restored on the way out, by an
+        exception too. With gradient checkpointing the backward pass computes forward again: it belongs into the same block."""
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
-        self.activate({"policy": "default", "reference": self.reference_adapter}[name])
+        self.activate({"policy": "default", "reference": self.reference_adapter, **{role: role for role in self.heads}}[name])
         try:
             yield
         finally:
@@ -307,10 +187,29 @@ class Policy:
     # -- forward passes -----------------------------------------------------------------------------------------------------------
 
     def hidden(self, pack):
-        """Final hidden states (N, D) of a Pack under the active role, under autocast where the backbone is 16-bit."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.hf.base_model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, layout=pack)
+        """Final hidden states (N, D) of a Pack under the active role."""
+        out = self.hf.base_model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, layout=pack)
         return out.last_hidden_state[0]
+
+    def check_packing(self):
+        """Refuse a model whose tokens reach each other other than through the attention function: by convolutions, recurrences, ALiBi.
+
+        Two texts in one Pack must have the states that each has alone with the model's own attention. Otherwise no number would look wrong.
+        """
+        texts = [[3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3]]
+        try:
+            with torch.no_grad(), quiet():
+                packed = self.hidden(Pack([t[:3] for t in texts], [[t[3:]] for t in texts], self.device))
+                packed = packed.view(2, 2, 3, -1).transpose(0, 1).flatten(1, 2).float()  # prompts, then completions -> texts
+                self.hf.set_attn_implementation("sdpa")
+                alone = self.hf.base_model(input_ids=torch.tensor(texts, device=self.device), use_cache=False).last_hidden_state.float()
+            error = (packed - alone).norm(dim=-1).max() / alone.norm(dim=-1).mean()
+            if not error < 0.2:  # rounding in bf16 gives a few percent, a neighbour's influence about 1
+                raise ValueError(f"states of a text among others differ by {error:.0%} from those of the text alone")
+        except Exception as error:  # a forward pass that does not hand `layout` on to the attention function: TypeError
+            raise UserError(f"model {self.name}: this architecture cannot be scored here ({first_line(error)}); choose another model") from error
+        finally:
+            self.hf.set_attn_implementation("shared_prefix")
 
     def token_logps(self, prompts, completions, temperature=1.0, role="policy"):
         """Log-probabilities of given completions under a role: Scored with (B, G, T) fields.
@@ -328,6 +227,15 @@ class Policy:
         dense = [torch.zeros(pack.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(pack.mask, x) for x in (logp, entropy)]
         return Scored(dense[0].view(shape), pack.mask.view(shape), dense[1].view(shape))
 
+    def token_values(self, prompts, completions, role="value"):
+        """A role's scalar in the state before each completion token -> values (B, G, T) fp32, 0 where masked, and mask (B, G, T)."""
+        pack = Pack(prompts, completions, self.device)
+        with self.role(role):
+            states = self.hidden(pack).index_select(0, pack.source[pack.mask])  # (valid tokens, D)
+        values = self.heads[role](states.float())[:, 0]
+        dense = torch.zeros(pack.mask.shape, device=self.device).masked_scatter(pack.mask, values)
+        return dense.view(pack.B, pack.G, -1), pack.mask.view(pack.B, pack.G, -1)
+
     def generate(self, prompts, group_size=1, max_new_tokens=64, temperature=1.0, seed=0) -> Rollout:
         """Sample group_size completions for each of B prompts (lists of token ids) -> sampling.Rollout.
 
@@ -336,7 +244,7 @@ class Policy:
         """
         if self.sampler is None:
             self.sampler = Sampler(self.hf, self.eos_ids)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.role("policy"):
+        with self.role("policy"):
             return self.sampler.generate(prompts, group_size, max_new_tokens, temperature, seed)
 
     # -- saving -------------------------------------------------------------------------------------------------------------------
@@ -459,6 +367,10 @@ def load_adapter(model, directory, name, base):
     if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
         raise UserError(f"adapter {directory}: needs adapter_config.json and adapter_model.safetensors (pickled weights are not read)")
     try:
+        made_for = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    except ValueError as error:
+        raise UserError(f"adapter {directory}: adapter_config.json is not JSON ({first_line(error)})") from error
+    try:
         with quiet():
             if isinstance(model, PeftModel):
                 model.load_adapter(str(path), adapter_name=name)
@@ -466,13 +378,12 @@ def load_adapter(model, directory, name, base):
                 model = PeftModel.from_pretrained(model, str(path), adapter_name=name, is_trainable=True)
         with safe_open(path / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())
-        config = model.peft_config[name]
         if saved != set(get_peft_model_state_dict(model, adapter_name=name)):
             raise ValueError("its tensors are not those of this model's layers")
-        if config.peft_type != "LORA" or config.use_dora or isinstance(model.get_output_embeddings(), LoraLayer):
-            raise ValueError("only plain LoRA on the layers is supported, no DoRA and no adapter on the output head")
+        plain = all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in saved)  # no DoRA, biases, embeddings, whole modules
+        if not plain or isinstance(model.get_output_embeddings(), LoraLayer):
+            raise ValueError("only plain LoRA on the linear layers is supported, and none on the output head")
     except Exception as error:  # PEFT raises RuntimeError for shapes, ValueError for targets that do not exist, SafetensorError...
-        made_for = json.loads((path / "adapter_config.json").read_text()).get("base_model_name_or_path")
         raise UserError(f"adapter {directory}: does not fit {base}, it was made for {made_for} ({first_line(error)})") from error
     return model
 
@@ -501,8 +412,6 @@ def whole_directory(directory):
 @contextlib.contextmanager
 def quiet():
     """Keep the libraries' harmless noise (a missing optional CPU kernel, loading reports) from the user."""
-    import logging
-
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -13,13 +13,12 @@ Models outside the Llama family decode through transformers' own forward pass, w
 Every row has its own uniform numbers, drawn before decoding, so a sample does not depend on what else is in the batch.
 """
 
-import logging
 from dataclasses import dataclass
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports a missing optional CPU kernel on import
-import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
+
+from scoring import frozen_weight
 
 KV_BYTES = 2**30  # the cache of one batch; more rows than fit are decoded in several batches
 LOGITS = 2**25  # rows x vocabulary of one batch, 128 MiB in fp32
@@ -162,10 +161,7 @@ def base_layer(module):
 def merged_weight(module):
     """The weight of a linear layer with its active LoRA adapter, fp32, dequantised if it is NF4: W + scaling * B A."""
     base = base_layer(module)
-    if isinstance(base, bnb.nn.Linear4bit):
-        weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state).float()
-    else:
-        weight = base.weight.float()
+    weight = frozen_weight(base).float()
     if base is not module and not module.disable_adapters:
         (name,) = module.active_adapters
         weight = torch.addmm(weight, module.lora_B[name].weight, module.lora_A[name].weight, alpha=module.scaling[name])

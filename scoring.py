@@ -1,0 +1,228 @@
+"""Scoring: log-probabilities of given completions, with gradient, at the price of their own tokens and no more.
+
+1. A *group* is a prompt with its G completions. `Pack` lays groups out as one ragged row of tokens, every prompt once, no padding;
+   `shared_prefix_attention` lets each completion see its own prompt and its own past. Any transformers model that takes an attention
+   function by name is scored this way, so linear layers spend nothing on padding or on a prompt repeated G times.
+2. `ChunkedLogProb` takes hidden states through the output head a few rows at a time. d logp / d hidden = (W[y] - sum_v p_v W_v) / T
+   is known in the forward pass, so it is computed there, and the backward pass only scales it: nothing is recomputed.
+
+3. `LoraLinear` is a linear layer with LoRA as one operation with its backward pass written out: no casts of activations to the
+   adapters' fp32, no scaled or added temporaries, and a 4-bit weight is dequantised when needed and never kept.
+
+policy.Policy.token_logps puts them together.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from data import UserError
+
+SHORT = 128  # tokens up to which, on a CPU, plain matrix products beat the fused kernel, whose backward pass is 3 times slower there
+CHUNK_LOGITS = 2**25  # logits alive at once in the output head: 128 MiB in fp32, about 220 tokens of a 151,936 vocabulary
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Log-probabilities without a tokens x vocabulary matrix
+
+
+class ChunkedLogProb(torch.autograd.Function):
+    """log softmax(h W^T / T)[target] and the entropy of that softmax, a chunk of rows at a time.
+
+    hidden (N, D), weight (V, D), bias (V,) or None, targets (N,) -> logp (N,), entropy (N,), both fp32, nats (fp64 for fp64 input).
+    Gradient reaches `hidden` only: the head is frozen. The entropy is for logging and has no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, temperature):
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        logp = hidden.new_empty(len(hidden), dtype=precise)
+        entropy = torch.empty_like(logp)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        rows = max(1, CHUNK_LOGITS // len(weight))
+        for i in range(0, len(hidden), rows):
+            chunk, y = slice(i, i + rows), targets[i : i + rows]
+            z = F.linear(hidden[chunk], weight, bias).to(precise)  # (rows, V)
+            if temperature != 1:
+                z.div_(temperature)
+            z.sub_(z.amax(-1, keepdim=True))  # logits, shifted so that the largest is 0
+            e = z.exp()
+            total = e.sum(-1)
+            logp[chunk] = z.gather(-1, y[:, None])[:, 0] - total.log()
+            entropy[chunk] = total.log() - torch.linalg.vecdot(e, z) / total  # log sum e^z - sum p z
+            if grad is not None:
+                mean = (e.to(weight.dtype) @ weight) / total[:, None]  # sum_v p_v W_v
+                grad[chunk] = (weight[y] - mean) / temperature
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, _):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_logp[:, None].to(grad.dtype), None, None, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# A linear layer with LoRA
+
+
+class LoraLinear(torch.autograd.Function):
+    """y = x W^T + b + s (x A^T) B^T with W frozen (LoRA, arXiv 2106.09685), x (N, in), A (r, in) and B (out, r) in fp32.
+
+    `weight` returns W (out, in) in x's dtype; it is called again in the backward pass, so a dequantised copy need not be kept.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, scaling, weight, bias):
+        a, b = A.to(x.dtype), (B * scaling).to(x.dtype)
+        xa = x @ a.T  # (N, r)
+        ctx.save_for_backward(x, xa, a, b)
+        ctx.scaling, ctx.weight, ctx.precise = scaling, weight, A.dtype
+        return F.linear(x, weight(), bias).addmm_(xa, b.T)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, xa, a, b = ctx.saved_tensors
+        dxa = dy @ b  # (N, r)
+        dx = (dy @ ctx.weight()).addmm_(dxa, a) if ctx.needs_input_grad[0] else None
+        dA = (dxa.T @ x).to(ctx.precise) if ctx.needs_input_grad[1] else None
+        dB = (dy.T @ xa).to(ctx.precise) * ctx.scaling if ctx.needs_input_grad[2] else None
+        return dx, dA, dB, None, None, None
+
+
+def frozen_weight(base):
+    """The weight of a frozen linear layer as a matrix in its compute type; NF4 is dequantised."""
+    if isinstance(base, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    return base.weight
+
+
+def lora_forward(layer, x, *args, **kwargs):
+    """Takes the place of a PEFT LoRA layer's forward; which adapter is active is read from the layer, as PEFT does."""
+    base = layer.base_layer
+    rows = x.reshape(-1, x.shape[-1])
+    if layer.disable_adapters:
+        y = F.linear(rows, frozen_weight(base), base.bias)
+    else:
+        (name,) = layer.active_adapters
+        A, B = layer.lora_A[name].weight, layer.lora_B[name].weight
+        y = LoraLinear.apply(rows, A, B, layer.scaling[name], partial(frozen_weight, base), base.bias)
+    return y.view(*x.shape[:-1], -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# A ragged batch of prompt groups
+
+
+class Pack:
+    """B prompts with G completions each, as one row of N tokens: all prompts, then all completions, nothing padded.
+
+    prompts: B lists of token ids; completions: B lists of G lists of token ids (none empty; they hold their EOS).
+    `source` (B*G, T) is the row whose hidden state predicts each completion token (the prompt's last row for the first one), `last`
+    (B*G,) the row of each completion's last token, `mask` (B*G, T) its validity, from lengths and never from token ids.
+    """
+
+    def __init__(self, prompts, completions, device):
+        groups = {len(group) for group in completions}
+        if len(prompts) != len(completions) or len(groups) != 1 or 0 in groups:
+            raise ValueError(f"{len(prompts)} prompts need as many groups of one size, got {len(completions)} of sizes {sorted(groups)}")
+        if not all(prompts) or not all(c for group in completions for c in group):
+            raise ValueError("a prompt or a completion has no tokens")
+        self.B, self.G = len(prompts), groups.pop()
+        flat = [c for group in completions for c in group]
+        self.ids = torch.tensor([[t for seq in [*prompts, *flat] for t in seq]], device=device)  # (1, N)
+        p_len = torch.tensor([len(p) for p in prompts])
+        c_len = torch.tensor([len(c) for c in flat])
+        P, T = int(p_len.max()), int(c_len.max())
+        p_start = p_len.cumsum(0) - p_len
+        c_start = p_len.sum() + c_len.cumsum(0) - c_len
+        p_mask = torch.arange(P) < p_len[:, None]  # (B, P)
+        c_mask = torch.arange(T) < c_len[:, None]  # (B*G, T)
+        p_of = torch.arange(self.B).repeat_interleave(self.G)  # the prompt of each completion
+        p_pos = torch.arange(P).expand(self.B, P)
+        c_pos = torch.arange(T) + p_len[p_of, None]
+        positions = torch.cat([p_pos[p_mask], c_pos[c_mask]])[None]
+        # Slots beyond a sequence's end point at row 0: attention reads them, its mask or causality hides them, nobody writes them back.
+        p_index = torch.where(p_mask, p_start[:, None] + p_pos, 0)  # (B, P)
+        c_index = torch.where(c_mask, c_start[:, None] + torch.arange(T), 0)  # (B*G, T)
+        prompt_end = (p_start + p_len - 1)[p_of, None]
+        source = torch.where(c_mask, torch.cat([prompt_end, c_index[:, :-1]], 1), 0)
+        # A completion token sees its prompt and its own past: (B*G, 1, T, P + T)
+        see_prompt = p_mask[p_of, None, :].expand(-1, T, P)
+        see_past = torch.ones(T, T, dtype=torch.bool).tril().expand(len(flat), T, T)
+        attend = torch.cat([see_prompt, see_past], -1)[:, None]
+        back = torch.cat([torch.arange(self.B * P).view(self.B, P)[p_mask], self.B * P + torch.arange(c_mask.numel()).view_as(c_mask)[c_mask]])
+        last = c_start + c_len - 1
+        self.length, self.p_of = P + T, p_of.to(device)
+        self.positions, self.p_index, self.c_index, self.source, self.mask, self.attend_mask, self.back, self.last = (
+            x.to(device) for x in (positions, p_index, c_index, source, c_mask, attend, back, last)
+        )
+        self.targets = self.ids[0][self.c_index]  # (B*G, T)
+
+    def attend(self, layer, q, k, v, scaling):
+        """q (1, H, N, d), k and v (1, K, N, d) -> (1, N, H, d): attention within each group, the prompt's part computed once."""
+        repeat = q.shape[1] // k.shape[1]
+        q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
+
+        def rows(x, index):  # -> (*index.shape, heads, d); index_select's backward is an index_add, much faster than x[index]'s
+            return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+
+        def heads(x):  # (S, L, K, d) -> (S, H, L, d)
+            return x.transpose(1, 2).repeat_interleave(repeat, 1)
+
+        k_prompt, v_prompt = rows(k, self.p_index), rows(v, self.p_index)
+        prompt = attention(rows(q, self.p_index).transpose(1, 2), heads(k_prompt), heads(v_prompt), None, scaling)  # (B, H, P, d)
+        completion = attention(
+            rows(q, self.c_index).transpose(1, 2),
+            heads(torch.cat([k_prompt.index_select(0, self.p_of), rows(k, self.c_index)], 1)),
+            heads(torch.cat([v_prompt.index_select(0, self.p_of), rows(v, self.c_index)], 1)),
+            self.attend_mask,
+            scaling,
+        )  # (B*G, H, T, d)
+        out = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prompt, completion)])  # (B*P + B*G*T, H, d)
+        return out.index_select(0, self.back)[None]
+
+
+def attention(q, k, v, mask, scaling):
+    """softmax(q k^T scaling) v with q (S, H, L, d), k and v (S, H, L', d); mask (S, 1, L, L') True where seen, None: causal, L = L'."""
+    if q.device.type != "cpu" or q.shape[2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
+    if mask is None:
+        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scaling
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype) @ v
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, *, layout, scaling=None, **kwargs):
+    """transformers' attention interface; `layout` (a Pack, or a sampler's KV cache) knows who sees whom. Source: transformers docs."""
+    window = kwargs.get("sliding_window")
+    if (window and layout.length > window) or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise UserError(f"{type(module).__name__} uses a sliding window shorter than the text, soft-capping or sinks: not supported")
+    return layout.attend(module.layer_idx, query, key, value, scaling), None
+
+
+ALL_ATTENTION_FUNCTIONS.register("shared_prefix", shared_prefix_attention)
+
+
+@dataclass
+class Scored:
+    """What the policy thinks of given completions; every field (B, G, T), 0 where mask is False."""
+
+    logps: torch.Tensor  # log pi(o_t | q, o_<t) at the sampling temperature, nats, with gradient unless under no_grad
+    mask: torch.Tensor  # bool, True on completion tokens, EOS included
+    entropy: torch.Tensor  # of the next-token distribution, nats, detached
+
+    def sequence_mean(self):
+        """(B, G): 1/|o| sum_t log pi(o_t), the length-normalised log-likelihood (J_expl and J_imit of GRAO)."""
+        return self.logps.sum(-1) / self.mask.sum(-1)
+
+    def samples(self):
+        """Without the last completion of every group, where that is the reference answer."""
+        longest = int(self.mask[:, :-1].sum(-1).max())
+        return Scored(*(x[:, :-1, :longest] for x in (self.logps, self.mask, self.entropy)))

@@ -1,0 +1,268 @@
+"""reward.py against IFEval's own checkers, against hacks of every constraint, and against cases worked by hand."""
+import importlib
+import random
+
+import pytest
+
+import reward
+from data import UserError, chat_tasks, tiny_tasks
+
+tasks = importlib.import_module("data.chat_tasks")  # the package has a function of that name
+
+ASK = "Write one short sentence about bees."
+GOOD = "Bees turn sweet nectar into honey."
+
+
+def earn(text, constraints, prompt=ASK, **columns):
+    columns = {key: [value] for key, value in columns.items()}
+    return reward.verifier([prompt], [text], [constraints], **columns)[0]
+
+
+# ----------------------------------------------------------------------------------------------------- IFEval as oracle
+
+def ifeval_cases():
+    """(our constraint, IFEval's id, IFEval's arguments); sentences apart, which need a download."""
+    cases = [({"type": "uppercase"}, "change_case:english_capital", {}),
+             ({"type": "lowercase"}, "change_case:english_lowercase", {}),
+             ({"type": "no_comma"}, "punctuation:no_comma", {}),
+             ({"type": "quotes"}, "startend:quotation", {}),
+             ({"type": "json"}, "detectable_format:json_format", {}),
+             ({"type": "title"}, "detectable_format:title", {})]
+    for n in range(5):
+        cases += [({"type": "bullets", "n": n}, "detectable_format:number_bullet_lists", {"num_bullets": n}),
+                  ({"type": "paragraphs", "n": n}, "length_constraints:number_paragraphs", {"num_paragraphs": n}),
+                  ({"type": "placeholders", "n": n}, "detectable_content:number_placeholders", {"num_placeholders": n})]
+        for relation in ("at least", "less than"):
+            cases += [({"type": "words", "relation": relation, "n": 5 * n}, "length_constraints:number_words",
+                       {"relation": relation, "num_words": 5 * n}),
+                      ({"type": "letter_frequency", "letter": "E", "relation": relation, "n": n},
+                       "keywords:letter_frequency", {"letter": "E", "let_relation": relation, "let_frequency": n}),
+                      ({"type": "capital_words", "relation": relation, "n": n}, "change_case:capital_word_frequency",
+                       {"capital_relation": relation, "capital_frequency": n})]
+    for marker in ("P.S.", "P.P.S"):
+        cases.append(({"type": "postscript", "marker": marker}, "detectable_content:postscript",
+                      {"postscript_marker": marker}))
+    for words in (["bees"], ["honey", "hive"], ["the"]):
+        cases += [({"type": "keywords", "words": words}, "keywords:existence", {"keywords": words}),
+                  ({"type": "forbidden", "words": words}, "keywords:forbidden_words", {"forbidden_words": words})]
+    for phrase in ("That is all.", " honey ", "Is there anything else?"):
+        cases.append(({"type": "end_with", "text": phrase}, "startend:end_checker", {"end_phrase": phrase}))
+    return cases
+
+
+EDGES = ["", " ", ".", '"', '""', '" "', "{}", "null", "```json\n{\"a\": 1}\n```", "``` [1] ```", "{'a': 1}", "* a\n* b",
+         "*a\n** b\n-c", "- a\n  - b\n---\n", "*** a *** b ***", "a***b", "a *** *** b", "***", "<<>>", "<< >>", "<<a>> b>>",
+         "<<a\nb>>", "[a] [b\nc] []", "P.S. x", "p. s. x", "P.P.S. y", "p.p.s", "PS: x", "ABC 123", "123", "É È", "a_b c-d",
+         "NASA and the U.S. made A-B test I", "THEBEES behive", "the-bees", "Bees, bees", "ends that is all.\" ", "''honey'"]
+
+
+def sample_texts():
+    texts = list(EDGES)
+    for record in chat_tasks("train", 150, seed=1):
+        texts += [record["chosen"], record["rejected"]]
+    rng = random.Random(0)
+    for text in texts[len(EDGES):len(EDGES) + 100]:
+        cut = rng.randrange(len(text))
+        texts += [text.upper(), text.lower(), text[:cut], text[cut:], text[:cut] + rng.choice(EDGES) + text[cut:], text * 2]
+    return texts
+
+
+def test_checks_decide_as_ifeval(monkeypatch):
+    pytest.importorskip("lm_eval.tasks.ifeval.instructions_registry")
+    from lm_eval.tasks.ifeval import instructions, instructions_util
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+    from nltk import word_tokenize
+    monkeypatch.setattr(instructions.langdetect, "detect", lambda text: "en")  # ours has no language detection
+    # without punkt the tokeniser works line by line
+    monkeypatch.setattr(instructions_util.nltk, "word_tokenize", lambda text: word_tokenize(text, preserve_line=True))
+    texts, both = sample_texts(), set()
+    for constraint, name, arguments in ifeval_cases():
+        oracle = INSTRUCTION_DICT[name](name)
+        oracle.build_description(**arguments)
+        for text in texts:
+            ours = reward.constraint_results(text, [constraint])[0]
+            assert ours == bool(oracle.check_following(text)), (constraint, text)
+            both.add((constraint["type"], ours))
+    types = {constraint["type"] for constraint, _, _ in ifeval_cases()}
+    assert len(types) >= 14 and both == {(t, ok) for t in types for ok in (True, False)}  # each was seen to pass and fail
+
+
+@pytest.mark.parametrize("text, count", [
+    ("", 0), ("...", 0), ("One.", 1), ("no end", 1), ("One. two! Three?", 3), ("He said \"Go.\" Then left.", 2),
+    ("Dr. Smith met J. Doe.", 1), ("It costs 3.5 dollars.", 1), ("Bees dance, e.g. in May. Yes.", 2),
+    ("1. Wash it.\n2. Eat it.", 2), ("Really?! Wow...", 2), ("It is hot. P.S. Drink.", 2), ("I live in 2020. It is fine.", 2)])
+def test_sentences(text, count):
+    assert len(reward.sentences(text)) == count
+
+
+def test_tiny_checks():
+    items = {"type": "items", "n": 2, "allowed": ["ant", "fox"], "ignore": ["done"]}
+    order = {"type": "order", "direction": "ascending", "ignore": ["done"]}
+    comma = {"type": "separator", "text": ",", "ignore": ["done"]}
+    cases = {"ant , fox done": (1, 1, 1), "FOX ANT DONE": (1, 0, 0), "ant fox": (1, 1, 0), "ant": (0, 0, 1),
+             "ant , ant": (0, 1, 1), "ant , cat": (0, 1, 1), "ant , fox ,": (1, 1, 0), ", ant fox": (1, 1, 0),
+             "ant , , fox": (1, 1, 0), "": (0, 0, 0), "ant , fox , ant": (0, 0, 1)}
+    for text, wanted in cases.items():
+        assert reward.constraint_results(text, [items, order, comma]) == [bool(w) for w in wanted], text
+    down = {"type": "order", "direction": "descending"}
+    assert reward.constraint_results("fox ant", [down]) == [True]
+    assert reward.constraint_results("ant and fox", [{"type": "separator", "text": "and"}]) == [True]
+    assert reward.constraint_results('"I think so."', [{"type": "start_with", "text": "I think"}]) == [True]
+
+
+@pytest.mark.parametrize("constraint, word", [
+    ({"type": "rhyme"}, "rhyme"), ({}, "None"), ("lowercase", "lowercase"), ({"type": ["words"]}, "words"),
+    ({"type": "words", "n": 3}, "relation"), ({"type": "words", "relation": "at most", "n": 3}, "at most"),
+    ({"type": "bullets", "n": -1}, "n"), ({"type": "bullets", "n": True}, "n"), ({"type": "bullets", "n": "2"}, "n"),
+    ({"type": "letter_frequency", "letter": "ab", "relation": "at least", "n": 1}, "letter"),
+    ({"type": "keywords", "words": "bees"}, "words"), ({"type": "keywords", "words": []}, "words"),
+    ({"type": "end_with", "text": " "}, "text"), ({"type": "order", "direction": "up"}, "direction"),
+    ({"type": "separator", "text": ",", "ignore": "done"}, "ignore")])
+def test_wrong_constraints_are_named(constraint, word):
+    with pytest.raises(UserError) as error:
+        reward.constraint_results("text", [constraint])
+    assert word in str(error.value) and "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------- hacks
+
+HACKS = [  # each meets the letter of its constraint
+    ({"type": "lowercase"}, ["a", "ok", "bees bees bees bees", "write one short sentence about bees", "e e e e e"]),
+    ({"type": "uppercase"}, ["A", "BEES", "BEES BEES BEES BEES", "WRITE ONE SHORT SENTENCE ABOUT BEES.", "A B C D E"]),
+    ({"type": "no_comma"}, ["", " ", ".", "...", "bees", ASK, "honey bees honey bees honey bees honey bees"]),
+    ({"type": "quotes"}, ['""', '" "', '"."', '"bees"', f'"{ASK}"', '"bees bees bees bees bees"']),
+    ({"type": "json"}, ["{}", "[]", "null", "1", '"bees"', '{"a": "b", "c": "d"}', '["bees", "bees", "bees", "bees"]',
+                        f'{{"a": "{ASK}"}}']),
+    ({"type": "title"}, ["<<x>>", "<<.>> bees make honey daily", "<<Bees Make Sweet Honey>>", f"<<Bees>> {ASK}"]),
+    ({"type": "words", "relation": "less than", "n": 9}, ["", "x", "bees", "bees bees bees bees", ASK]),
+    ({"type": "words", "relation": "at least", "n": 8}, ["bees " * 8, "a b c d e f g h", "bees make honey " * 3,
+                                                         "Bees make honey. " * 3, ASK + " " + ASK]),
+    ({"type": "sentences", "relation": "at least", "n": 3}, ["Aa. Bb. Cc.", "Bees. Honey. Hive. Wax.", "Bees fly. " * 3]),
+    ({"type": "sentences", "relation": "less than", "n": 3}, ["", "!", "Bees!", ASK]),
+    ({"type": "bullets", "n": 3}, ["* \n* \n* ", "* a\n* b\n* c", "-\n-\n-\nBees make sweet honey", "* bees\n* bees\n* bees",
+                                   "---\n---\n---\n" + GOOD, "* Bees fly far.\n* Bees fly far.\n* Bees fly far."]),
+    ({"type": "paragraphs", "n": 2}, [".\n***\n.", GOOD + "\n***\n.", f"{GOOD}\n***\n{GOOD}", f"{ASK}\n***\n{ASK}"]),
+    ({"type": "start_with", "text": "I think that it is"}, ["I think that it is", "i think that it is."]),
+    ({"type": "end_with", "text": "Is there anything else?"}, ["Is there anything else?", "Ok. Is there anything else?",
+                                                               "Is there anything else? Is there anything else?"]),
+    ({"type": "keywords", "words": ["honey", "hive"]}, ["honey hive", "honey hive honey hive honey hive", "hive honey."]),
+    ({"type": "forbidden", "words": ["sting"]}, ["", "no", "bees bees bees bees", ASK]),
+    ({"type": "letter_frequency", "letter": "e", "relation": "at least", "n": 5},
+     ["eeeee", "e e e e e bees", "beeeee make some honey", "bees bees bees bees"]),
+    ({"type": "letter_frequency", "letter": "z", "relation": "less than", "n": 1}, ["", "bees", "bee bee bee bee"]),
+    ({"type": "postscript", "marker": "P.S."}, ["P.S.", "P.S. P.S. P.S. P.S.", GOOD + " P.S.", f"P.S. {GOOD}",
+                                                f"{GOOD} P.S. {GOOD}"]),
+    ({"type": "placeholders", "n": 2}, ["[][]", GOOD + " [] []", "[a] [b] bees fly far home", "[name] [place] [food] [date]",
+                                        "[bees] [bees] [bees] [bees]"]),
+    ({"type": "capital_words", "relation": "at least", "n": 3}, ["A A A", "B C D bees fly", "BEES BEES BEES BEES",
+                                                                 ASK.upper()]),
+    ({"type": "items", "n": 1, "allowed": ["bees"]}, ["bees"]),
+    ({"type": "order", "direction": "ascending"}, ["bees bees bees bees", "a a a a"]),
+    ({"type": "separator", "text": ","}, ["bees , bees , bees , bees", "a , b , c , d"]),
+]
+
+
+@pytest.mark.parametrize("constraint, answers", HACKS, ids=[c["type"] for c, _ in HACKS])
+def test_a_hack_earns_nothing(constraint, answers):
+    for text in answers:
+        assert reward.constraint_results(text, [constraint]) == [True], text  # else it would prove nothing
+        assert earn(text, [constraint], min_words=4) == 0.0, text
+
+
+def test_hacks_cover_every_check():
+    assert {c["type"] for c, _ in HACKS} == set(reward.CHECKS)
+
+
+def test_hack_names_its_reason():
+    assert reward.hack(ASK, "") == reward.hack(ASK, "?!") == reward.hack(ASK, "bees", min_words=4) == "empty"
+    assert reward.hack(ASK, ASK.lower()) == "echo"
+    assert reward.hack(ASK, "Bees buzz. Bees buzz. Bees buzz. Bees buzz.") == "repetition"
+    assert reward.hack(ASK, "My answer is fine now.", about=["bee"]) == "off-topic"
+    assert reward.hack(ASK, GOOD, min_words=4, about=["bee"]) is None
+    assert reward.hack("name 2 animals", "ant fox") is None  # two words are an answer where no more is asked
+    asked = "Use the words 'sweet honey' and 'hive'. End with 'That is all for today, my friend.'"
+    assert reward.hack(asked, "The hive is full of sweet honey. That is all for today, my friend.", 4) is None
+    assert reward.hack("sort ant bear fox wolf in order", "ant bear fox wolf") is None
+
+
+def test_verifier_reads_messages_and_truncation():
+    user, assistant = [{"role": "user", "content": ASK}], [{"role": "assistant", "content": GOOD}]
+    assert reward.verifier([user], [assistant], [[{"type": "no_comma"}]]) == [1.0]
+    assert earn(GOOD, [{"type": "no_comma"}], truncated=True) == 0.0
+    assert earn(GOOD, [{"type": "no_comma"}], truncated=False, other=1) == 1.0
+    assert earn(ASK, [], prompt=user) == 0.0
+
+
+def test_references_that_meet_their_constraints_are_no_hacks():
+    for records in (chat_tasks("train", 1500), chat_tasks("heldout", 800), tiny_tasks("train", 800)):
+        columns = {key: [r[key] for r in records] for key in ("constraints", "min_words", "about") if key in records[0]}
+        earned = reward.verifier([r["prompt"] for r in records], [r["chosen"] for r in records], **columns)
+        met = [all(reward.constraint_results(r["chosen"], r["constraints"])) for r in records]
+        assert earned == [float(ok) for ok in met] and 0.4 < sum(earned) / len(earned) < 0.9
+
+
+def test_answers_meet_what_they_are_meant_to_meet():
+    rng = random.Random(0)
+    for kinds in [[kind] for kind in tasks.PHRASES] + [list(pair) for pair in tasks.PAIRS]:
+        for topic in rng.sample(tasks.TOPICS, 12):
+            constraints = [tasks.make_constraint(rng, kind, topic["sentences"])[0] for kind in kinds]
+            met = [rng.random() < 0.6 for _ in kinds]
+            text = tasks.answer(rng, topic, kinds, constraints, met)
+            assert reward.constraint_results(text, constraints) == met, (kinds, text)
+
+
+# ------------------------------------------------------------------------------------------- user functions and metrics
+
+def bad_raise(prompts, completions, **columns):
+    raise KeyError("no\nsuch column")
+
+
+@pytest.mark.parametrize("function, word", [
+    (bad_raise, "KeyError"), (lambda **k: [1.0], "1 rewards for 2"), (lambda **k: None, "NoneType"),
+    (lambda **k: [1.0, None], "item 1 is None"), (lambda **k: [float("nan"), 1], "item 0 is nan"),
+    (lambda **k: [1, float("inf")], "item 1 is inf"), (lambda **k: ["1", 1], "item 0 is '1'"),
+    (lambda **k: [[1.0, 2.0], [1.0]], "per token"), (lambda: [1, 2], "TypeError")])
+def test_reward_functions_that_fail(function, word):
+    with pytest.raises(UserError) as error:
+        reward.checked_rewards(function, ["p", "p"], ["a", "b"], {"constraints": [[], []]})
+    assert word in str(error.value) and function.__name__ in str(error.value) and "\n" not in str(error.value)
+
+
+def test_reward_functions_that_work():
+    torch = pytest.importorskip("torch")
+    columns = {"constraints": [[{"type": "lowercase"}]] * 2}
+    answers = ["bees fly far.", "Bees fly far."]
+    assert reward.checked_rewards(reward.verifier, [ASK] * 2, answers, columns) == [1.0, 0.0]
+    assert reward.checked_rewards(lambda **k: torch.tensor([1, 2]), [ASK] * 2, answers, {}) == [1.0, 2.0]
+    with pytest.raises(UserError, match="unknown type"):
+        reward.checked_rewards(reward.verifier, [ASK], ["a"], {"constraints": [[{"type": "rhyme"}]]})
+
+
+def test_ras_and_nag_by_hand():
+    torch = pytest.importorskip("torch")
+    a, b = [1.0, 0.0, 0.5, 2.0], [0.0, 1.0, 0.5, 1.0]  # win, loss, tie, win
+    for x, y in ((a, b), (torch.tensor(a), torch.tensor(b))):
+        assert reward.ras(x, y) == {"win": 0.5, "tie": 0.25, "loss": 0.25}
+        assert reward.nag(x, y) == {"signed": 0.25, "indicator": 0.5}
+    assert reward.nag([0, 0, 1], [1, 1, 0]) == pytest.approx({"signed": -1 / 3, "indicator": 1 / 3})
+    for x, y in (([1.0], [1.0, 2.0]), ([], []), ([float("nan")], [1.0])):
+        with pytest.raises(ValueError):
+            reward.ras(x, y)
+        with pytest.raises(ValueError):
+            reward.nag(x, y)
+
+
+def test_bootstrap_interval():
+    values = [1.0] * 30 + [0.0] * 70
+    low, high = reward.bootstrap_interval(values)
+    assert (low, high) == reward.bootstrap_interval(values)
+    normal = 1.96 * (0.3 * 0.7 / 100) ** 0.5  # 0.09
+    assert low == pytest.approx(0.3 - normal, abs=0.02) and high == pytest.approx(0.3 + normal, abs=0.02)
+    # eight samples of each prompt are no eight prompts
+    assert reward.bootstrap_interval([[v] * 8 for v in values]) == (low, high)
+    assert reward.bootstrap_interval([1.0]) == (1.0, 1.0)
+    for bad in ([], [float("nan")]):
+        with pytest.raises(ValueError):
+            reward.bootstrap_interval(bad)
+
+
