@@ -67,6 +67,8 @@ def grao_loss(logp_samples, logp_reference, adv_samples, adv_reference, beta, la
 
     exactly: it re-weights exploration against imitation, and the ablation without it compares two weightings.
     """
+    if adv_samples.shape != logp_samples.shape or not logp_reference.shape == adv_reference.shape == logp_samples.shape[:1]:
+        raise ValueError("logp_samples and adv_samples (B, G), logp_reference and adv_reference (B,) wanted")
     J_expl, J_imit = logp_samples, logp_reference[:, None]  # (B, G), (B, 1)
     A_o, A_y = adv_samples.detach(), adv_reference.detach()[:, None]
     terms = {

@@ -12,11 +12,14 @@ adapters' roles apart, and turns text into tokens.
 Adapters are fp32 whatever the backbone; dropout is off everywhere, so the ratio of new to old probabilities is 1 before an update.
 """
 
+import argparse
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import sys
 import warnings
@@ -35,6 +38,7 @@ from data import UserError
 from sampling import Rollout, Sampler
 from scoring import ChunkedLogProb, Pack, Scored, lora_forward
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TINY = Path(__file__).parent / "data" / "tiny"
 
 transformers.logging.set_verbosity_error()
@@ -77,6 +81,8 @@ class Policy:
         if quantize not in ("nf4", "none") or reference not in ("adapter", "base"):
             raise UserError(f"quantize is nf4 or none, reference is adapter or base; got {quantize!r} and {reference!r}")
         device = pick_device(device)
+        if device.type == "cpu":
+            keep_freed_memory()
         dtype = pick_dtype(dtype, device, model)
         source = find_model(model)
         options = dict(dtype=dtype, attn_implementation="sdpa", use_safetensors=True, trust_remote_code=False, local_files_only=True)
@@ -107,8 +113,8 @@ class Policy:
         policy.peft.peft_config["default"].base_model_name_or_path = "data/tiny" if model == "tiny" else str(model)
         hf.set_attn_implementation("shared_prefix")
         if gradient_checkpointing:
-            hf.gradient_checkpointing_enable({"use_reentrant": False})
-            hf.enable_input_require_grads()
+            with quiet():  # a FutureWarning about its name in transformers 6
+                hf.gradient_checkpointing_enable({"use_reentrant": False})
         policy.layers = [m for m in hf.modules() if isinstance(m, LoraLayer)]
         for layer in policy.layers:
             if isinstance(layer.base_layer, torch.nn.Linear):  # GPT-2's Conv1D and the routers of mixtures keep PEFT's forward
@@ -196,15 +202,16 @@ class Policy:
 
         Two texts in one Pack must have the states that each has alone with the model's own attention. Otherwise no number would look wrong.
         """
-        texts = [[3, 4, 5, 6, 7, 8], [8, 7, 6, 5, 4, 3]]
+        words = self.tokenizer.encode("The cat sat on the mat and looked at the dog .", add_special_tokens=False)
+        texts = [(words * 6)[:6], (words[::-1] * 6)[:6]]
         try:
             with torch.no_grad(), quiet():
                 packed = self.hidden(Pack([t[:3] for t in texts], [[t[3:]] for t in texts], self.device))
                 packed = packed.view(2, 2, 3, -1).transpose(0, 1).flatten(1, 2).float()  # prompts, then completions -> texts
                 self.hf.set_attn_implementation("sdpa")
                 alone = self.hf.base_model(input_ids=torch.tensor(texts, device=self.device), use_cache=False).last_hidden_state.float()
-            error = (packed - alone).norm(dim=-1).max() / alone.norm(dim=-1).mean()
-            if not error < 0.2:  # rounding in bf16 gives a few percent, a neighbour's influence about 1
+            error = (packed - alone).norm() / alone.norm()
+            if not error < 0.3:  # rounding in bf16 gives a few percent on ordinary text, a neighbour's influence about 1
                 raise ValueError(f"states of a text among others differ by {error:.0%} from those of the text alone")
         except Exception as error:  # a forward pass that does not hand `layout` on to the attention function: TypeError
             raise UserError(f"model {self.name}: this architecture cannot be scored here ({first_line(error)}); choose another model") from error
@@ -215,7 +222,7 @@ class Policy:
         """Log-probabilities of given completions under a role: Scored with (B, G, T) fields.
 
         prompts: B lists of ids; completions: B lists of G lists of ids (EOS included where the answer ended). temperature divides the
-        logits, as in sampling (PITFALL: scores and samples must agree). Peak memory does not grow with tokens x vocabulary.
+        logits, as in sampling: scores and samples must speak of one distribution. Peak memory does not grow with tokens x vocabulary.
         """
         pack = Pack(prompts, completions, self.device)
         with self.role(role):
@@ -252,7 +259,7 @@ class Policy:
     def save(self, directory):
         """Write the policy adapter in PEFT's format (safetensors), whole or not at all."""
         with whole_directory(directory) as tmp:
-            self.peft.save_pretrained(tmp, selected_adapters=["default"])
+            self.peft.save_pretrained(tmp, selected_adapters=["default"], save_embedding_layers=False)
 
     def merge(self, directory):
         """Write a plain 16-bit model with the adapter merged in; returns the mean |difference of log-probs| to this policy on a probe.
@@ -276,6 +283,14 @@ class Policy:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Finding and reading models
+
+
+def keep_freed_memory():
+    """Have glibc keep freed memory for the next tensor: given back and mapped anew, every large temporary costs its page faults."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def pick_device(device):
@@ -424,3 +439,26 @@ def quiet():
 
 def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def main(argv=None):
+    """python policy.py merge ADAPTER --model MODEL --out DIR -> exit status."""
+    parser = argparse.ArgumentParser(description="Write a plain 16-bit model with a saved adapter merged in.")
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument("adapter", help="adapter directory, such as runs/NAME/adapter")
+    parser.add_argument("--model", required=True, help="the model it was trained on: tiny, a hub name, a directory or a .gguf file")
+    parser.add_argument("--out", required=True, help="directory to write; must not exist")
+    args = parser.parse_args(argv)
+    try:
+        if Path(args.out).exists():
+            raise UserError(f"--out {args.out} exists already; choose another")
+        difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
+    except (UserError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: a 16-bit model; on a probe its log-probabilities differ from the adapter's by {difference:.4f} nats/token on average")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -88,11 +88,7 @@ class LlamaDecoder:
         for layer in self.model.layers:
             a, m = layer.self_attn, layer.mlp
             self.groups.append([[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]])
-        device = self.model.embed_tokens.weight.device
-        self.weights = [
-            [torch.empty(sum(p.out_features for p in g), g[0].in_features, dtype=self.dtype, device=device) for g in groups]
-            for groups in self.groups
-        ]
+        self.weights = [[None] * len(groups) for groups in self.groups]
         self.biases = [[self.fused_bias(g) for g in groups] for groups in self.groups]
 
     @staticmethod
@@ -110,10 +106,10 @@ class LlamaDecoder:
 
     def refresh(self):
         """Merge the current adapters into the copy. In fp32, then rounded once."""
-        for groups, weights in zip(self.groups, self.weights):
-            for group, fused in zip(groups, weights):
-                for part, projection in zip(fused.split([p.out_features for p in group]), group):
-                    part.copy_(merged_weight(projection))
+        for i, groups in enumerate(self.groups):
+            for j, group in enumerate(groups):
+                fused = torch.cat([merged_weight(p).to(self.dtype) for p in group])
+                self.weights[i][j] = prepack(fused)
 
     def forward(self, ids, positions, cache):
         """ids, positions (R, n) -> hidden states (R, n, D); keys and values go to the cache."""
@@ -124,14 +120,14 @@ class LlamaDecoder:
         for i, layer in enumerate(self.model.layers):
             (qkv, o, gate_up, down), (b_qkv, b_o, b_gate_up, b_down) = self.weights[i], self.biases[i]
             attention = layer.self_attn
-            h = F.linear(self.norm(x, layer.input_layernorm), qkv, b_qkv).view(R, n, -1, self.width)
+            h = linear(self.norm(x, layer.input_layernorm), qkv, b_qkv).view(R, n, -1, self.width)
             q, k, v = (t.transpose(1, 2) for t in h.split(heads, 2))
             if hasattr(attention, "q_norm"):  # Qwen3
                 q, k = self.norm(q, attention.q_norm), self.norm(k, attention.k_norm)
             h = cache.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v, attention.scaling)
-            x = x + F.linear(h.reshape(R, n, -1), o, b_o)
-            gate, up = F.linear(self.norm(x, layer.post_attention_layernorm), gate_up, b_gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down, b_down)
+            x = x + linear(h.reshape(R, n, -1), o, b_o)
+            gate, up = linear(self.norm(x, layer.post_attention_layernorm), gate_up, b_gate_up).chunk(2, -1)
+            x = x + linear(F.silu(gate) * up, down, b_down)
         return self.norm(x, self.model.norm)
 
     def norm(self, x, module):
@@ -152,6 +148,19 @@ class HFDecoder:
 
     def forward(self, ids, positions, cache):
         return self.model(input_ids=ids, position_ids=positions, use_cache=False, layout=cache).last_hidden_state
+
+
+def prepack(weight):
+    """On a CPU, bf16 weights in oneDNN's own layout: F.linear would reorder them at every call, which takes longer than multiplying."""
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+def linear(x, weight, bias):
+    if weight.is_mkldnn:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def base_layer(module):
@@ -179,15 +188,17 @@ def draw(logits, temperature, uniform):
 
     logits (R, V), uniform (R,) in [0, 1) -> tokens (R,), logp (R,) fp32. temperature 0 takes the largest logit, logp at T = 1.
     """
-    logits = logits.float()
+    z = logits.float()
+    if temperature not in (0, 1):
+        z = z / temperature
+    z = z - z.amax(-1, keepdim=True)
+    cdf = z.exp().cumsum_(-1)  # unnormalised
+    total = cdf[:, -1]
     if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        logits = logits / temperature
-        cdf = torch.softmax(logits, -1).cumsum(-1)
-        # right=True never picks a token of probability 0; scaling by the last entry absorbs the sum's rounding.
-        tokens = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
-    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        tokens = z.argmax(-1)
+    else:  # right=True never picks a token of probability 0
+        tokens = torch.searchsorted(cdf, (uniform * total)[:, None], right=True)[:, 0].clamp_(max=z.shape[-1] - 1)
+    return tokens, z.gather(-1, tokens[:, None])[:, 0] - total.log()
 
 
 class Sampler:
@@ -198,6 +209,8 @@ class Sampler:
         self.decoder = LlamaDecoder(hf) if LlamaDecoder.supports(hf) else HFDecoder(hf)
         self.device = hf.get_input_embeddings().weight.device
         self.eos = torch.tensor(eos_ids, device=self.device)
+        head = hf.get_output_embeddings()
+        self.head, self.head_bias = prepack(head.weight.detach()), head.bias
 
     @torch.no_grad()
     def generate(self, prompts, group_size, max_new_tokens, temperature, seed):
@@ -240,9 +253,8 @@ class Sampler:
         logps = torch.zeros(R, T, device=self.device)
         alive = torch.arange(R, device=self.device)  # which sample each row of the batch is
         running = torch.ones(R, dtype=torch.bool, device=self.device)  # of the rows of the batch
-        head = self.hf.get_output_embeddings()
         for t in range(T):
-            logits = F.linear(hidden.to(head.weight.dtype), head.weight, head.bias)
+            logits = linear(hidden.to(self.head.dtype), self.head, self.head_bias)
             token, logp = draw(logits, temperature, uniform[alive, t])
             tokens[alive[running], t], logps[alive[running], t] = token[running], logp[running]
             running &= ~torch.isin(token, self.eos)

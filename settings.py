@@ -24,7 +24,7 @@ def setting(default, help, low=None, high=None, choices=None, above=None):
 
 # What a setting left at None becomes: by the model, because a 2 M parameter model and a chat model differ in everything.
 PRESETS = {
-    "tiny": dict(quantize="nf4", steps=100, prompts_per_step=16, max_new_tokens=24, lr=2e-3, eval_prompts=256, eval_every=25),
+    "tiny": dict(quantize="nf4", steps=100, prompts_per_step=16, max_new_tokens=24, lr=1e-3, eval_prompts=256, eval_every=25),
     "chat": dict(quantize=None, steps=200, prompts_per_step=4, max_new_tokens=128, lr=1e-4, eval_prompts=64, eval_every=50),
 }
 
@@ -51,8 +51,8 @@ class Config:
     lora_alpha: int = setting(32, "LoRA scale times rank", low=1, high=4096)
     from_adapter: str = setting(None, "start from this saved adapter (a directory)")
     reference: str = setting("adapter", "with --from-adapter, the frozen reference: that adapter, or the base", choices=("adapter", "base"))
-    micro_batch_tokens: int = setting(4096, "tokens per backward pass, at least one prompt group; does not change the gradient", low=1, high=10**7)
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    micro_batch_tokens: int = setting(2048, "tokens per backward pass, at least one prompt group; does not change the gradient", low=1, high=10**7)
+    gradient_checkpointing: str = setting("auto", "on: recompute activations in the backward pass, less memory for more time; auto: on with a GPU", choices=("auto", "on", "off"))
     max_prompt_tokens: int = setting(0, "leave out records with a longer prompt, tokens (0: no limit)", low=0, high=10**6)
     max_reference_tokens: int = setting(0, "leave out records with a longer reference answer, tokens (0: no limit)", low=0, high=10**6)
     eval_every: int = setting(None, "steps between evaluations on held-out prompts and between checkpoints", low=1, high=10**6)
@@ -85,9 +85,11 @@ def check_settings(config):
         if too_low or (number and rule["high"] is not None and value > rule["high"]):
             bound = f"above {rule['above']}" if rule["above"] is not None else f"at least {rule['low']}"
             raise UserError(f"{flag} {value}: must be {bound} and at most {rule['high']}")
+    gpu = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
     if config.quantize is None:
-        gpu = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
         config.quantize = "nf4" if gpu else "none"
+    if config.gradient_checkpointing == "auto":
+        config.gradient_checkpointing = "on" if gpu and config.model != "tiny" else "off"
     return config
 
 
@@ -146,6 +148,11 @@ METRICS = {
     "entropy": ("nats/token", "of the policy's next-token distribution at sampled tokens; falls, but not to 0 at once"),
     "mismatch/mean": ("nats/token", "mean |log-prob when sampled - when scored|: the price of another precision; well under 0.1"),
     "mismatch/max": ("nats/token", "its largest value in the step"),
+    "ratio/max": ("-", "largest pi / pi_old of the step; exactly 1 with one update for each rollout"),
+    "clip/low": ("share", "tokens with A < 0 whose ratio is below the clip range, so without gradient; 0 with one update, else under 0.2"),
+    "clip/high": ("share", "tokens with A > 0 whose ratio is above it; likewise"),
+    "kl/update": ("nats/token", "KL(pi_old || pi) of the step's updates, estimated by k3; 0 with one update, else well under 0.1"),
+    "updates": ("updates", "optimiser updates so far, where a step may take several on one rollout"),
     "loss": ("nats", "the method's loss; its size says little, see the method"),
     "grad_norm": ("-", "norm of the gradient before clipping; steady, spikes are rare"),
     "lr": ("-", "learning rate of the step"),

@@ -93,7 +93,7 @@ class Trainer:
         self.policy = Policy.load(
             config.model, quantize=config.quantize, adapter=config.from_adapter, reference=config.reference, lora_rank=config.lora_rank,
             lora_alpha=config.lora_alpha, device=config.device, dtype=config.dtype, seed=config.seed,
-            gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing=config.gradient_checkpointing == "on",
         )
         self.encode_all()
         self.params, self.param_groups = {}, []
@@ -400,7 +400,7 @@ def main(method, argv=None, reward_fn=None, description=""):
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         print(f"error: {'the disk is full' if full else 'a file cannot be read or written'}: {first_line(error)}", file=sys.stderr)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory; try --gradient-checkpointing, a lower --group-size or --max-new-tokens ({first_line(error)})", file=sys.stderr)
+        print(f"error: out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens ({first_line(error)})", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped at once; what was saved at the last checkpoint stands (--resume)", file=sys.stderr)
         return 130

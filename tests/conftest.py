@@ -22,6 +22,7 @@ from policy import Policy  # noqa: E402
 # The last two take the generic decoder: rotary on a part of each head and a bias on the output head; parallel residuals and a fused qkv.
 FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "phi", "gpt_neox")
 WORDS = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "system", "list", "3", "animals", "cat", "dog"]
+WORDS += "abcdefghijklmnopqrstuvwxyz"  # all that is left of a text for Qwen2, whose own tokenizer class transformers insists on
 WORDS += [f"w{i}" for i in range(97 - len(WORDS))]
 END_OF_TEXT, END_OF_TURN = 1, 3
 CHATML = """{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant

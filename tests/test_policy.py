@@ -163,7 +163,8 @@ def test_a_prompt_is_the_template_without_thinking(shared):
     for prompt in ("list 3 animals", [{"role": "user", "content": "list 3 animals"}]):
         assert [WORDS[i] for i in shared().encode_prompt(prompt)] == expected
     messages = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]
-    assert [WORDS[i] for i in shared().encode_prompt(messages)] == "<|im_start|> system w1 <|im_end|> <|im_start|> user w2 <|im_end|>".split() + expected[-4:]
+    words = [WORDS[i] for i in shared().encode_prompt(messages)]
+    assert words == "<|im_start|> system w1 <|im_end|> <|im_start|> user w2 <|im_end|>".split() + expected[-4:]
 
 
 def test_prompts_without_a_template_and_with_one_that_refuses(load):
@@ -313,9 +314,16 @@ def test_adapters_that_cannot_be_loaded(model_dir, adapter, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "option",
-    (dict(lora_bias=True), dict(bias="all"), dict(use_dora=True), dict(modules_to_save=["lm_head"]), dict(target_modules=["embed_tokens"]), dict(target_modules=["lm_head"])),
+    (
+        dict(lora_bias=True),
+        dict(bias="all"),
+        dict(use_dora=True),
+        dict(modules_to_save=["lm_head"]),
+        dict(target_modules=["embed_tokens"]),
+        dict(target_modules=["lm_head"]),
+    ),
     ids=str,
-)  # fmt: skip
+)
 def test_adapters_that_are_more_than_plain_lora(model_dir, tmp_path, option):
     """Scoring and sampling compute W + s B A. Biases, magnitudes and further weights would be loaded and then left out."""
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir("qwen2"), dtype=torch.float32)

@@ -134,6 +134,23 @@ def test_packed_groups_are_the_dense_model(shared, oracle, family):
     assert_same_gradients(gradients((scored.logps * WEIGHTS).sum(), shared(family).peft), gradients(loss, model))
 
 
+@pytest.mark.parametrize("family, options", (("qwen2", {}), ("qwen2", dict(quantize="nf4")), ("phi", dict(quantize="nf4"))))
+def test_lora_layers_are_pefts(load, family, options):
+    """Their forward and backward are written by hand: against PEFT's own, with the adapter on, off, and in 4 bits."""
+    policy = load(family, **options)
+
+    def results():
+        scored, reference = policy.token_logps(PROMPTS, COMPLETIONS), policy.token_logps(PROMPTS, COMPLETIONS, role="reference")
+        return scored.logps, reference.logps, gradients((scored.logps * WEIGHTS).sum(), policy.peft)
+
+    ours = results()
+    for layer in policy.layers:
+        del layer.forward  # PEFT's again
+    theirs = results()
+    torch.testing.assert_close(ours[:2], theirs[:2], rtol=1e-5, atol=2e-5)
+    assert_same_gradients(ours[2], theirs[2], tolerance=1e-4)
+
+
 def test_eos_receives_gradient_though_it_is_the_padding(shared):
     """A mask made of token ids would hide EOS together with the padding, and answers would never learn to end."""
     logps = shared().token_logps(PROMPTS, COMPLETIONS).logps
@@ -152,13 +169,13 @@ def test_order_and_company_do_not_matter(shared):
         torch.testing.assert_close(together[b, i, : len(alone)], alone, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ("qwen3", "phi"))
-def test_checkpointed_gradients_are_the_same(load, shared, family):
+@pytest.mark.parametrize("family, options", (("qwen3", {}), ("phi", {}), ("qwen3", {"quantize": "nf4"})))
+def test_checkpointed_gradients_are_the_same(load, family, options):
     """Checkpointing is silently off in eval mode, and loses all gradients where no input of a layer requires one."""
-    policy = load(family, gradient_checkpointing=True)
+    policy, plain = load(family, gradient_checkpointing=True, **options), load(family, **options)
     calls = []
     policy.hf.base_model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
-    ours, theirs = (gradients((p.token_logps(PROMPTS, COMPLETIONS).logps * WEIGHTS).sum(), p.peft) for p in (policy, shared(family)))
+    ours, theirs = (gradients((p.token_logps(PROMPTS, COMPLETIONS).logps * WEIGHTS).sum(), p.peft) for p in (policy, plain))
     assert len(calls) == 2  # the second in the backward pass
     assert_same_gradients(ours, theirs)
 
