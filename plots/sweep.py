@@ -1,0 +1,54 @@
+"""Choose a learning rate on the training split: short runs of one method, each scored on the prompts it trained on.
+
+    python -m plots.sweep grpo --lrs 1e-4 3e-4 1e-3 --out plots/logs/sweep-grpo.json -- --model DIR --steps 20 --prompts-per-step 4
+
+Every method is measured the same way: the mean reward of one sample for each training prompt after the run, with its 95 % interval.
+What follows `--` are the method's own flags. The JSON holds one line for each learning rate, and the command.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import baselines
+import minigrao
+import train
+from record import environment, summary, write_whole
+from settings import check_settings, parse
+
+METHODS = baselines.METHODS | {"grao": minigrao.GRAO}
+
+
+def train_reward(method, given, lr, folder):
+    """One short run at `lr`, then the policy's rewards on its training prompts -> {"lr", "reward", "low", "high", "tokens"}."""
+    path = train.run(method, given | {"lr": lr, "out": str(folder)})
+    if path is None:
+        raise KeyboardInterrupt
+    trainer = train.Trainer(method, check_settings(method.config(**given | {"from_adapter": str(path / "adapter")})))
+    trainer.held_out = trainer.records
+    measured = summary(trainer.evaluate())
+    return {"lr": lr, "prompts": len(trainer.records)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
+
+
+def main(argv):
+    mine, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("--lrs", type=float, nargs="+", required=True, help="learning rates to try")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    args = parser.parse_args(mine)
+    method = METHODS[args.method]
+    given = parse(method.config, theirs, "")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for lr in args.lrs:
+            rows.append(train_reward(method, given, lr, Path(folder) / f"{lr:g}"))
+            print(rows[-1])
+    result = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment(), "rows": rows}
+    write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
