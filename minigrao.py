@@ -98,17 +98,20 @@ def update(trainer, records):
             # The same members again, y included: the same shapes, so KL is exactly 0 before the first step.
             reference = policy.token_logps(batch.prompts[part], members[part], config.temperature, role="reference")
         sums.tokens(scored.samples(), reference.samples(), batch.sampled_logps[part])
+        terms = {f"objective/{name}": value for name, value in terms.items()}
         for name, value in {"loss": loss, "logp/samples": J[:, :-1].mean(), "logp/reference": J[:, -1].mean(), **terms}.items():
             sums.add(name, value.detach().expand(len(J)))
 
     metrics = batch.metrics | sums.means() | trainer.optimizer_step()
-    sizes = {name: abs(metrics.pop(name)) for name in ("exploration", "imitation", "regularizer")}
-    total = sum(sizes.values()) or 1.0
-    metrics |= {f"share/{name}": size / total for name, size in sizes.items()}
+    sizes = {name: abs(metrics[f"objective/{name}"]) for name in ("exploration", "imitation", "regularizer")}
+    metrics |= {f"share/{name}": size / (sum(sizes.values()) or 1.0) for name, size in sizes.items()}
     return metrics | {"advantage/max": float(A_o.abs().max()), "advantage/reference": float(A_y.mean())}
 
 
 METRICS = {
+    "objective/exploration": ("nats", "first term of eq. (3), mean over prompts; the three sum to -loss (the paper's Fig. 4 draws their total)"),
+    "objective/imitation": ("nats", "second term"),
+    "objective/regularizer": ("nats", "third term"),
     "share/exploration": ("share", "|exploration| over the sum of the three |terms| of J (the paper's Fig. 5): grows as the policy passes y"),
     "share/imitation": ("share", "likewise: large while y beats the samples, then falls"),
     "share/regularizer": ("share", "likewise"),
@@ -123,7 +126,8 @@ PANELS = [
     ("Advantage of the reference", "-", ["advantage/reference"]),
     ("Loss", "nats", ["loss"]),
 ]
-GRAO = Method("grao", GraoConfig, update, METRICS, PANELS)
+NEXT = "--without imitation (an ablation), --group samples (the other reading of eq. (4)), --seed 1, or a chat model with --model DIR"
+GRAO = Method("grao", GraoConfig, update, METRICS, PANELS, next=NEXT)
 
 if __name__ == "__main__":
     sys.exit(main(GRAO, description=__doc__))

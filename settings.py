@@ -125,6 +125,7 @@ class Method:
     panels: list  # of curves.png: (title, y label, [metric names])
     setup: callable = None  # setup(trainer), once, before the first step
     needs_rejected: bool = False
+    next: str = "another --lr or --seed, or a chat model with --model DIR"  # what to try after a run, printed at its end
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -367,6 +367,7 @@ def run(method, given, reward_fn=None):
     folder.write_samples(before + after)
     print("\n" + report(before, after))
     print(f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, adapter/ (loads with peft.PeftModel.from_pretrained).")
+    print(f"To try next: {method.next}; or go on from here: --from-adapter {folder.path / 'adapter'}")
     return folder.path
 
 

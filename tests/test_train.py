@@ -55,7 +55,7 @@ def finished(tmp_path_factory):
 def test_script_trains_shows_and_saves(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
-    for words in ("mean reward [95 % interval]", "RAS win / tie / loss", "NAG", "reference  ", "before  ", "after  ", str(out)):
+    for words in ("mean reward [95 % interval]", "RAS win / tie / loss", "NAG", "To try next", "reference  ", "before  ", "after  ", str(out)):
         assert words in process.stdout
     assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
     lines = read_jsonl(out / "metrics.jsonl")
@@ -115,6 +115,15 @@ def test_one_step_moves_lora_b_and_nothing_else():
     GRAO.update(t, t.next_records())
     moved = {n for n, p in t.policy.hf.named_parameters() if not torch.equal(p, before[n])}
     assert any("lora_B" in n for n in moved) and all("lora_" in n for n in moved)
+
+
+def test_all_rewards_equal_give_no_gradient_and_no_nan():
+    """An answer cut at the limit earns 0; when all are cut, and the reference fails too, nothing must move, NaN least of all."""
+    t = trainer(reward_fn=lambda prompts, completions, **columns: [0.0] * len(prompts))
+    before = {n: p.detach().clone() for n, p in t.params.items() if "lora_B" in n}
+    metrics = GRAO.update(t, t.next_records())
+    assert metrics["loss"] == 0 and metrics["grad_norm"] == 0 and metrics["groups/no_signal"] == 1
+    assert all(torch.equal(t.params[n], b) for n, b in before.items())
 
 
 def test_every_pass_over_the_data_sees_each_prompt_once_in_a_new_order():
