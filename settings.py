@@ -105,14 +105,14 @@ def parse(config_class, argv, description):
         flag, rule = "--" + f.name.replace("_", "-"), f.metadata
         presets = {name: preset | config_class.presets.get(name, {}) for name, preset in PRESETS.items()}
         by_model = [f"{name}: {preset[f.name]}" for name, preset in presets.items() if preset.get(f.name) is not None]
-        default = "" if f.default in (None, False) else f" [{f.default}]"
+        default = "" if f.default is None or f.type is bool else f" [{f.default}]"
         if by_model and f.name != "quantize":
             default = f" [{', '.join(by_model)}]"
         options = dict(default=argparse.SUPPRESS, help=(rule["help"] + default).replace("%", "%%"))
         if f.type is bool:
             parser.add_argument(flag, action="store_true", **options)
         else:
-            parser.add_argument(flag, type=f.type, metavar=f.type.__name__.upper(), **options)
+            parser.add_argument(flag, type=f.type, metavar="|".join(rule["choices"] or [f.type.__name__.upper()]), **options)
     return vars(parser.parse_args(argv))
 
 
