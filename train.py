@@ -28,6 +28,7 @@ from record import RunFolder, peak_memory, read_jsonl, report, summary
 from reward import checked_rewards, verifier
 from settings import check_settings, parse
 
+
 class Sums:
     """Means over a whole step of quantities that arrive in micro-batches."""
 

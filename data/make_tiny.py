@@ -21,7 +21,6 @@ b8e094df7d25e30fd8c96a4915c7057a126f7a43da9d359fe21f9eb1654b6d2f (torch 2.13, tr
 
 import argparse
 import hashlib
-import json
 import math
 import os
 import random

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from conftest import reload
 
 import baselines
 import train
 from baselines import DPO, GRPO, METHODS, PPO, SFT
-from conftest import reload
 from data import UserError, tiny_tasks
 from record import read_jsonl
 from settings import METRICS, check_settings, parse

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import baselines
 from minigrao import grao_loss, group_advantages
 
 GROUPS = ("samples", "with_reference")
@@ -175,3 +176,17 @@ def test_the_average_is_over_prompts():
     split = sum(w * grao_loss(J_expl[s], J_imit[s], A_o[s], A_y[s], 0.5, 0.6)[0] for s, w in parts)
     for a, b in zip(whole, torch.autograd.grad(split, (J_expl, J_imit))):
         torch.testing.assert_close(a, b)
+
+
+def test_exploration_alone_is_on_policy_grpo():
+    """With one update for each rollout the gradient of log pi is that of the ratio: what GRAO adds to GRPO is imitation, and nothing else."""
+    B, G, T = 3, 4, 5
+    generator = torch.Generator().manual_seed(0)
+    logps = -torch.rand(B, G, T, generator=generator, dtype=torch.float64).requires_grad_()
+    mask = torch.arange(T) < torch.randint(1, T + 1, (B, G, 1), generator=generator)
+    rewards = torch.rand(B, G, generator=generator, dtype=torch.float64)
+    A, A_y = group_advantages(rewards, rewards[:, 0], "samples")
+    J = (logps * mask).sum(-1) / mask.sum(-1)
+    grao, _ = grao_loss(J, J[:, 0].detach(), A, A_y, beta=0.0, lam=0.0)
+    grpo, _ = baselines.grpo_loss(logps.flatten(0, 1), None, None, baselines.grpo_advantages(rewards).flatten(), mask.flatten(0, 1), aggregate="sequence")
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (grao, grpo)))

@@ -15,7 +15,6 @@ import torch
 
 import minigrao
 import train
-
 from minigrao import GRAO
 from record import RunFolder, read_jsonl, report, summary
 from settings import METRICS, check_settings, parse
