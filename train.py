@@ -13,6 +13,7 @@ import math
 import signal
 import sys
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,12 @@ class Trainer:
         self.method, self.config, self.step = method, config, 0
         self.reward_fn = reward_fn or load_reward(config.reward)
         level = "tiny" if config.model == "tiny" else "chat"
-        # A run that is shorter than one pass over the data reads, encodes and checks only the records it will use.
-        self.records = load_records(config.data, "train", config.steps * config.prompts_per_step, seed=config.seed, level=level)
-        self.held_out = load_records(config.data, "heldout", config.eval_prompts, seed=0, level=level)
+        # A run shorter than one pass over the data reads, encodes and checks only the records it will use; where long ones are left
+        # out, others take their place.
+        shorter = config.max_prompt_tokens or config.max_reference_tokens
+        wanted = {"records": config.steps * config.prompts_per_step, "held_out": config.eval_prompts}
+        self.records = load_records(config.data, "train", None if shorter else wanted["records"], seed=config.seed, level=level)
+        self.held_out = load_records(config.data, "heldout", None if shorter else wanted["held_out"], seed=0, level=level)
         if self.reward_fn is verifier and not all("constraints" in r for r in self.records + self.held_out):
             raise UserError(f"data {config.data}: has no 'constraints' for the verifier to check; use --data tasks, or --reward FILE.py:FUNCTION")
         for record in self.records if method.needs_rejected else ():
@@ -96,7 +100,7 @@ class Trainer:
             lora_alpha=config.lora_alpha, device=config.device, dtype=config.dtype, seed=config.seed,
             gradient_checkpointing=config.gradient_checkpointing == "on",
         )
-        self.encode_all()
+        self.encode_all(wanted)
         self.params, self.param_groups = {}, []
         self.train_parameters(self.policy.trainable(), config.lr)
         self.tokens_generated = 0
@@ -111,13 +115,15 @@ class Trainer:
 
     # -- data ---------------------------------------------------------------------------------------------------------------------
 
-    def encode_all(self):
+    def encode_all(self, wanted):
         """Token ids of all prompts and references that this run can meet, checked against the context before anything is trained."""
         c, policy = self.config, self.policy
         unknown, dropped, tokens = 0, 0, 0
-        for part in ("records", "held_out"):
+        for part, most in wanted.items():
             kept = []
             for record in getattr(self, part):
+                if len(kept) == most:
+                    break
                 ids, answer = policy.encode_prompt(record["prompt"]), policy.encode_answer(record["chosen"])
                 answers = {"reference_ids": answer}
                 if self.method.needs_rejected and part == "records":
@@ -394,6 +400,8 @@ def postfix(metrics):
 
 def main(method, argv=None, reward_fn=None, description=""):
     """The command line of a method -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
+    warnings.filterwarnings("once", category=UserWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
         return 0 if run(method, parse(method.config, argv, description), reward_fn) else 130
     except UserError as error:

@@ -25,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 
 from data import UserError
-from data.chat_tasks import chat_tasks
+from data.chat_tasks import MOST, chat_tasks
 from data.tiny_tasks import tiny_tasks
 
 HUB_REPO = "Anthropic/hh-rlhf"
@@ -52,7 +52,7 @@ def load_records(source, split, n=None, seed=0, level="chat"):
         if level not in generators:
             raise UserError(f"unknown level {level!r} of the built-in tasks: use 'tiny' or 'chat'")
         try:
-            return generators[level](split, n or TASKS[split], seed)
+            return generators[level](split, min(n or TASKS[split], MOST[split]), seed)
         except ValueError as error:
             raise UserError(str(error)) from error
     if source in HUB_FOLDERS:

@@ -132,6 +132,13 @@ def test_every_pass_over_the_data_sees_each_prompt_once_in_a_new_order():
     assert sorted(order[:n]) == sorted(order[n:]) == list(range(n)) and order[:n] != order[n:]
 
 
+def test_records_left_out_for_their_length_are_replaced(tmp_path):
+    lines = [{"prompt": f"list {n} animals" + " , in upper case" * (i % 2), "chosen": "cat " * (i + 1)} for i, n in enumerate((2, 3, 4, 5) * 5)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    t = trainer("--data", tmp_path / "data.jsonl", "--max-reference-tokens", 10, "--steps", 2, reward_fn=lambda prompts, **columns: [0.0] * len(prompts))
+    assert len(t.records) == 6 and all(len(r["reference_ids"]) <= 10 for r in t.records + t.held_out)
+
+
 @pytest.mark.parametrize("kind, values", [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])])
 def test_learning_rate_schedule(kind, values):
     assert [train.schedule(kind, step, 2, 4) for step in range(4)] == pytest.approx(values)
@@ -180,6 +187,7 @@ RECORD = {"prompt": "list 3 animals", "chosen": "cat dog fox"}
         (["--data", "{tmp}/plain.jsonl"], "constraints"),
         (["--data", "{tmp}/long.jsonl"], "--max-prompt-tokens"),
         (["--data", "{tmp}/foreign.jsonl"], "unknown"),
+        (["--data", "{tmp}/single.jsonl"], "two different prompts"),
         (["--from-adapter", "{tmp}"], "adapter_config.json"),
         (["--reward", "{tmp}/none.py:f"], "none.py"),
         (["--reward", "something"], "something"),
@@ -209,6 +217,7 @@ def test_bad_input(flags, named, tmp_path, capsys):
     for name, prompt in (("long", "list 3 animals " * 400), ("foreign", "please enumerate thirteen vertebrates")):
         lines = [json.dumps(RECORD | {"prompt": prompt + f" {n}", "constraints": items}) + "\n" for n in (2, 3, 4)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    (tmp_path / "single.jsonl").write_text(json.dumps(RECORD | {"constraints": items}) + "\n")
     before = sorted(tmp_path.rglob("*"))
     flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
     run = [] if "--out" in flags or "--resume" in flags else ["--out", str(tmp_path / "run")]
