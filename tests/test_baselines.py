@@ -348,7 +348,7 @@ def test_dpo_checks_the_length_of_rejected_answers():
     t = trainer(DPO)
     t.records[0]["rejected"] = "cat " * t.policy.context
     with pytest.raises(UserError, match="context"):
-        t.encode_all()
+        t.encode_all({"records": 1, "held_out": 1})
 
 
 def test_ppo_with_rewards_for_tokens(tmp_path, capsys):

@@ -141,8 +141,7 @@ def test_bad_files_are_named(tmp_path):
         assert str(tmp_path / name) in str(error.value) and reason in str(error.value), name
     with pytest.raises(UserError, match="directory"):
         load_records(tmp_path, "train")
-    for arguments in (("tasks", "test"), ("tasks", "train", 0), ("tasks", "train", 10 ** 7), ("tasks", "train", 1, 0, "big"),
-                      ("tasks", "train", 10 ** 7, 0, "tiny")):
+    for arguments in (("tasks", "test"), ("tasks", "train", 0), ("tasks", "train", 1, 0, "big")):
         with pytest.raises(UserError):
             load_records(*arguments)
 
