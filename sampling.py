@@ -116,15 +116,16 @@ class LlamaDecoder:
         x = self.model.embed_tokens(ids)
         cos, sin = (t[:, None] for t in self.model.rotary_emb(x, positions))  # (R, 1, n, d)
         R, n = ids.shape
-        heads = [self.heads, self.kv_heads, self.kv_heads]
         for i, layer in enumerate(self.model.layers):
             (qkv, o, gate_up, down), (b_qkv, b_o, b_gate_up, b_down) = self.weights[i], self.biases[i]
             attention = layer.self_attn
             h = linear(self.norm(x, layer.input_layernorm), qkv, b_qkv).view(R, n, -1, self.width)
-            q, k, v = (t.transpose(1, 2) for t in h.split(heads, 2))
+            qk, v = h.split([self.heads + self.kv_heads, self.kv_heads], 2)
             if hasattr(attention, "q_norm"):  # Qwen3
-                q, k = self.norm(q, attention.q_norm), self.norm(k, attention.k_norm)
-            h = cache.attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v, attention.scaling)
+                q, k = qk.split([self.heads, self.kv_heads], 2)
+                qk = torch.cat([self.norm(q, attention.q_norm), self.norm(k, attention.k_norm)], 2)
+            q, k = rotate(qk.transpose(1, 2), cos, sin).split([self.heads, self.kv_heads], 1)
+            h = cache.attend(i, q, k, v.transpose(1, 2), attention.scaling)
             x = x + linear(h.reshape(R, n, -1), o, b_o)
             gate, up = linear(self.norm(x, layer.post_attention_layernorm), gate_up, b_gate_up).chunk(2, -1)
             x = x + linear(F.silu(gate) * up, down, b_down)
