@@ -22,7 +22,7 @@ def setting(default, help, low=None, high=None, choices=None, above=None):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, above=above))
 
 
-# What a setting left at None becomes: by the model, because a 2 M parameter model and a chat model differ in everything.
+# What a setting left at None becomes: by the model, because a model of 1.3 M parameters and a chat model differ in everything.
 PRESETS = {
     "tiny": dict(quantize="nf4", steps=100, prompts_per_step=32, max_new_tokens=24, lr=1e-3, eval_prompts=256, eval_every=25),
     "chat": dict(quantize=None, steps=200, prompts_per_step=4, max_new_tokens=128, lr=1e-4, eval_prompts=64, eval_every=50),
