@@ -32,8 +32,14 @@ def write_whole(path, content):
     try:
         tmp.write_bytes(content.encode() if isinstance(content, str) else content)
         tmp.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from error
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def cannot_write(path, error):
+    return UserError(f"cannot write {path.name} ({error.strerror}); make room on the disk, or choose another --out")
 
 
 def read_jsonl(path):
@@ -92,9 +98,9 @@ class RunFolder:
         try:
             with open(self.metrics, "a") as file:
                 file.write(line)
-        except OSError:
+        except OSError as error:
             os.truncate(self.metrics, size)
-            raise
+            raise cannot_write(self.metrics, error) from error
 
     def save(self, trainer):
         meta = {"step": trainer.step, "tokens_generated": trainer.tokens_generated}

@@ -7,7 +7,6 @@ Everything random in a step (which prompts, which samples) follows from the seed
 stopped and resumed is the run that was never stopped.
 """
 
-import errno
 import importlib.util
 import math
 import signal
@@ -348,24 +347,23 @@ def run(method, given, reward_fn=None):
         if not resume:
             before = trainer.evaluate()
             folder.create(trainer, before, {"step": 0} | evaluation(before))
-        bar = tqdm(total=config.steps, initial=trainer.step, desc=method.name, unit="step", dynamic_ncols=True)
-        while trainer.step < config.steps and not stop.asked:
-            start = time.perf_counter()
-            metrics = method.update(trainer, trainer.next_records())
-            trainer.step += 1
-            metrics["time/update"] = time.perf_counter() - start - metrics.get("time/rollout", 0.0)
-            metrics["memory/peak"] = peak_memory()
-            due = trainer.step % config.eval_every == 0 or trainer.step == config.steps
-            if due:
-                after = trainer.evaluate()
-                metrics |= evaluation(after)
-            folder.log({"step": trainer.step} | metrics)
-            bar.set_postfix_str(postfix(metrics))
-            bar.update()
-            if due or stop.asked:
-                folder.save(trainer)
-                draw_curves(read_jsonl(folder.metrics), PANELS + method.panels, folder.path / "curves.png")
-        bar.close()
+        with tqdm(total=config.steps, initial=trainer.step, desc=method.name, unit="step", dynamic_ncols=True) as bar:  # closed before an error is reported
+            while trainer.step < config.steps and not stop.asked:
+                start = time.perf_counter()
+                metrics = method.update(trainer, trainer.next_records())
+                trainer.step += 1
+                metrics["time/update"] = time.perf_counter() - start - metrics.get("time/rollout", 0.0)
+                metrics["memory/peak"] = peak_memory()
+                due = trainer.step % config.eval_every == 0 or trainer.step == config.steps
+                if due:
+                    after = trainer.evaluate()
+                    metrics |= evaluation(after)
+                folder.log({"step": trainer.step} | metrics)
+                bar.set_postfix_str(postfix(metrics))
+                bar.update()
+                if due or stop.asked:
+                    folder.save(trainer)
+                    draw_curves(read_jsonl(folder.metrics), PANELS + method.panels, folder.path / "curves.png")
     policy.save(folder.path / "adapter")
     script = Path(sys.argv[0]).name
     if trainer.step < config.steps:
@@ -407,8 +405,7 @@ def main(method, argv=None, reward_fn=None, description=""):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except (OSError, safetensors.SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        print(f"error: {'the disk is full' if full else 'a file cannot be read or written'}: {first_line(error)}", file=sys.stderr)
+        print(f"error: a file cannot be read or written ({first_line(error)}); look at the disk's room and permissions", file=sys.stderr)
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens ({first_line(error)})", file=sys.stderr)
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ import torch
 
 import minigrao
 import train
+from data import UserError
 from minigrao import GRAO
 from record import RunFolder, read_jsonl, report, summary
 from settings import METRICS, check_settings, parse
@@ -274,7 +275,7 @@ def test_log_line_that_does_not_fit_leaves_no_half(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("builtins.open", lambda path, mode, real=open: Full(real(path, mode)))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="metrics.jsonl.*No space left"):
         folder.log({"step": 2})
     monkeypatch.undo()
     assert read_jsonl(folder.metrics) == [{"step": 1}]
