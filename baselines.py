@@ -402,7 +402,7 @@ def ppo_setup(trainer):
     most = trainer.config.prompts_per_step
     if trainer.config.minibatches > most:
         raise UserError(f"--minibatches {trainer.config.minibatches}: must be at most --prompts-per-step, {most}; a prompt's samples stay together")
-    trainer.train_parameters(trainer.policy.add_role("value"), trainer.config.value_lr)
+    trainer.train_parameters(trainer.policy.add_role("value", bias=True), trainer.config.value_lr)
 
 
 def ppo_update(trainer, records):

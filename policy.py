@@ -14,15 +14,11 @@ Adapters are fp32 whatever the backbone; dropout is off everywhere, so the ratio
 
 import argparse
 import contextlib
-import ctypes
-import hashlib
 import json
 import logging
 import os
-import platform
 import shutil
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -32,14 +28,13 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from data import UserError
+from models import find_model, first_line, keep_freed_memory, pick_device, pick_dtype, quiet, whole_directory
 from sampling import Rollout, Sampler
 from scoring import ChunkedLogProb, Pack, Scored, lora_forward
-
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-TINY = Path(__file__).parent / "data" / "tiny"
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -135,20 +130,58 @@ class Policy:
 
     # -- roles --------------------------------------------------------------------------------------------------------------------
 
-    def add_role(self, name):
-        """One more LoRA adapter on the backbone, of the policy adapter's shape, with a scalar head: a value function, a reward model, a
-        discriminator. LoRA's B and the head start at 0, so it says 0 everywhere. Returns its parameters by name, head included.
+    def add_role(self, name, directory=None, bias=False):
+        """One more LoRA adapter on the backbone with a scalar head: a value function, a reward model, a discriminator.
+
+        New, it has the policy adapter's shape, LoRA's B and the head start at 0, so it says 0 everywhere, and it trains. From a directory
+        of save_role it is as it was saved, and frozen. Returns its parameters by name, head included. UserError for an unusable directory.
         """
-        shape = self.peft.peft_config["default"].to_dict() | {"lora_dropout": 0.0, "init_lora_weights": True, "inference_mode": False}
-        self.peft.add_adapter(name, LoraConfig(**shape))
+        saved, shape = read_role(directory, self.name) if directory else ({}, self.peft.peft_config["default"].to_dict())
+        shape |= {"lora_dropout": 0.0, "init_lora_weights": True, "inference_mode": False, "task_type": "CAUSAL_LM", "modules_to_save": None}
+        width = self.hf.get_output_embeddings().weight.shape[1]
+        try:
+            self.peft.add_adapter(name, LoraConfig(**shape))
+            parameters = self.trainable(name)
+            self.heads[name] = head = torch.nn.Linear(width, 1, bias=bias, device=self.device)  # fp32
+            with torch.no_grad():
+                for p in head.parameters():
+                    p.zero_()
+                if directory:
+                    named = {n.replace(f".{name}.", "."): p for n, p in parameters.items()} | {HEAD: head.weight}
+                    if set(saved) != set(named):
+                        raise ValueError("its tensors are not those of this model's layers")
+                    for key, p in named.items():
+                        if saved[key].shape != p.shape:
+                            raise ValueError(f"{key} is {tuple(saved[key].shape)}, not {tuple(p.shape)}")
+                        p.copy_(saved[key])
+        except (ValueError, TypeError, RuntimeError) as error:  # PEFT's for a shape that it cannot build
+            if not directory:
+                raise
+            raise UserError(f"adapter {directory}: does not fit {self.name} ({first_line(error)})") from error
         self.activate("default")
-        parameters = self.trainable(name)
-        self.heads[name] = head = torch.nn.Linear(self.hf.get_output_embeddings().weight.shape[1], 1, device=self.device)  # fp32
-        torch.nn.init.zeros_(head.weight)
-        torch.nn.init.zeros_(head.bias)
-        for p in [*parameters.values(), *self.trainable().values()]:  # PEFT freezes what it does not call active
+        parameters |= {f"{name}_head.{n}": p for n, p in head.named_parameters()}
+        for p in [*self.trainable().values(), *parameters.values()]:  # PEFT freezes what it does not call active
             p.requires_grad_(True)
-        return parameters | {f"{name}_head.{n}": p for n, p in head.named_parameters()}
+        for p in parameters.values():
+            p.requires_grad_(directory is None)
+        return parameters
+
+    def save_role(self, role, directory):
+        """Write a role's adapter and head, whole or not at all, as PEFT writes a sequence classifier with one label: read by add_role, and by
+
+            PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(BASE, num_labels=1, pad_token_id=PAD), directory)
+
+        whose score is read at the last token that is not PAD, so PAD must not be the EOS that ends every text here.
+        """
+        head = self.heads[role]
+        if head.bias is not None:
+            raise ValueError(f"role {role}: transformers' classifiers have no bias in their head")
+        config = LoraConfig(**self.peft.peft_config[role].to_dict() | {"task_type": "SEQ_CLS", "modules_to_save": ["score"], "inference_mode": True})
+        config.base_model_name_or_path = self.peft.peft_config["default"].base_model_name_or_path
+        tensors = {n.replace(f".{role}.", "."): p for n, p in self.trainable(role).items()} | {HEAD: head.weight}
+        with whole_directory(directory) as tmp:
+            config.save_pretrained(str(tmp))
+            save_file({n: p.detach().cpu().contiguous() for n, p in tensors.items()}, tmp / "adapter_model.safetensors", {"format": "pt"})
 
     def activate(self, adapter):
         """Make `adapter` the one that forward passes use; None is the backbone alone. Which parameters train is not touched."""
@@ -243,6 +276,13 @@ class Policy:
         dense = torch.zeros(pack.mask.shape, device=self.device).masked_scatter(pack.mask, values)
         return dense.view(pack.B, pack.G, -1), pack.mask.view(pack.B, pack.G, -1)
 
+    def sequence_scores(self, prompts, completions, role="reward"):
+        """A role's scalar in the state after the last token of each completion (its EOS) -> (B, G) fp32, with gradient where the role trains."""
+        pack = Pack(prompts, completions, self.device)
+        with self.role(role):
+            states = self.hidden(pack).index_select(0, pack.last)  # (B*G, D)
+        return self.heads[role](states.float()).view(pack.B, pack.G)
+
     def generate(self, prompts, group_size=1, max_new_tokens=64, temperature=1.0, seed=0) -> Rollout:
         """Sample group_size completions for each of B prompts (lists of token ids) -> sampling.Rollout.
 
@@ -281,99 +321,23 @@ class Policy:
         return float((ours - theirs).abs().mean())
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Finding and reading models
+HEAD = "base_model.model.score.weight"  # what PEFT calls the head of a sequence classifier
 
 
-def keep_freed_memory():
-    """Have glibc keep freed memory for the next tensor: given back and mapped anew, every large temporary costs its page faults."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def pick_device(device):
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def read_role(directory, base):
+    """A saved role -> (tensors by name, LoraConfig as dict); UserError for a directory without adapter, without head, or with several outputs."""
+    path = Path(directory)
+    if not (path / "adapter_config.json").is_file() or not (path / "adapter_model.safetensors").is_file():
+        raise UserError(f"adapter {directory}: needs adapter_config.json and adapter_model.safetensors (pickled weights are not read)")
     try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not usable here ({first_line(error)}); try --device cpu") from error
-    return torch.device(device)
-
-
-def pick_dtype(dtype, device, model):
-    """The compute type: bf16 where the hardware multiplies it natively; fp32 for the tiny model, too small to gain from bf16."""
-    if dtype in ("float32", "bfloat16"):
-        return getattr(torch, dtype)
-    if dtype != "auto":
-        raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported()
-    else:
-        native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native and model != "tiny" else torch.float32
-
-
-def find_model(model):
-    """A model's local directory: the embedded one, a directory, a converted GGUF file, or a hub snapshot (downloaded if needed)."""
-    if model == "tiny":
-        return str(TINY)
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"model {model}: the directory has no config.json, so it is not a transformers model")
-        return str(path)
-    if str(model).endswith(".gguf"):
-        if not path.is_file():
-            raise UserError(f"model {model}: no such file")
-        return convert_gguf(path)
-    if str(model).count("/") != 1 or str(model)[0] in "./~":
-        raise UserError(f"model {model}: no such directory, and not a hub name (owner/name); try --model tiny")
-    import huggingface_hub as hub
-
-    wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-    try:
-        return hub.snapshot_download(model, local_files_only=True, **wanted)
-    except Exception:  # not cached yet: any of the hub's many error types
-        pass
-    help_ = "try --model tiny, a local directory, or a .gguf file"
-    try:
-        hub.get_session().head(hub.constants.ENDPOINT, timeout=5)  # the download itself would retry for a minute
-    except Exception as error:
-        raise UserError(f"model {model}: the hub cannot be reached ({first_line(error)}); {help_}") from error
-    try:
-        return hub.snapshot_download(model, **wanted)
-    except Exception as error:
-        raise UserError(f"model {model}: the hub does not give it ({first_line(error)}); {help_}") from error
-
-
-def convert_gguf(path):
-    """Read a GGUF file once (slow: it is dequantised) and keep it as a safetensors directory in the user's cache."""
-    stat = path.stat()
-    key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
-    out = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "minigrao" / f"{path.stem}-{key}"
-    if out.is_dir():
-        return str(out)
-    print(f"converting {path.name} to {out} (once)", file=sys.stderr)
-    try:
-        with quiet():
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-            # A model read from GGUF refuses to be saved; the same weights in a model built from its plain config do not.
-            del loaded.config.quantization_config
-            plain = transformers.AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
-            plain.load_state_dict(loaded.state_dict())
-            plain.generation_config = loaded.generation_config
-            with whole_directory(out) as tmp:
-                plain.save_pretrained(tmp)
-                tokenizer.save_pretrained(tmp)
-    except ImportError as error:
-        raise UserError(f"model {path}: reading GGUF needs the gguf package: pip install gguf") from error
-    except Exception as error:
-        raise UserError(f"model {path}: not a readable GGUF file of a known architecture ({first_line(error)})") from error
-    return str(out)
+        tensors, shape = load_file(path / "adapter_model.safetensors"), LoraConfig.from_pretrained(str(path)).to_dict()
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"adapter {directory}: cannot be read ({first_line(error)})") from error
+    if HEAD not in tensors:
+        raise UserError(f"adapter {directory}: has no scalar head ({HEAD}), so it scores nothing; is it a policy's adapter?")
+    if len(tensors[HEAD]) != 1:
+        raise UserError(f"adapter {directory}: its head has {len(tensors[HEAD])} outputs; a score is one number")
+    return tensors, shape
 
 
 def load_adapter(model, directory, name, base):
@@ -401,44 +365,6 @@ def load_adapter(model, directory, name, base):
     except Exception as error:  # PEFT raises RuntimeError for shapes, ValueError for targets that do not exist, SafetensorError...
         raise UserError(f"adapter {directory}: does not fit {base}, it was made for {made_for} ({first_line(error)})") from error
     return model
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Small tools
-
-
-@contextlib.contextmanager
-def whole_directory(directory):
-    """Yield a temporary sibling; on success it takes the directory's place, on failure it is removed and nothing has changed."""
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    tmp = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir()
-        yield tmp
-        if directory.exists():
-            shutil.rmtree(directory)
-        tmp.rename(directory)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def quiet():
-    """Keep the libraries' harmless noise (a missing optional CPU kernel, loading reports) from the user."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(open(os.devnull, "w")):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def main(argv=None):

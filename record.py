@@ -19,8 +19,9 @@ import safetensors.torch
 import torch
 
 from data import UserError
-from policy import first_line, whole_directory
-from reward import bootstrap_interval, constraint_results, nag, ras
+from data.constraints import constraint_results
+from models import first_line, whole_directory
+from reward import bootstrap_interval, nag, ras
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint.safetensors, adapter/, curves.png

@@ -22,8 +22,9 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, load_records
+from models import first_line
 from plots.curves import draw_curves
-from policy import Policy, first_line
+from policy import Policy
 from record import RunFolder, peak_memory, read_jsonl, report, summary
 from reward import checked_rewards, verifier
 from settings import check_settings, parse

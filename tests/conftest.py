@@ -121,6 +121,13 @@ def randomise(policy, seed=0, scale=0.2):
             p.data = scale * torch.randn(p.shape, generator=generator).to(p)
 
 
+def randomise_all(parameters, seed=3, scale=0.2):
+    """A role's adapter and head away from their zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in parameters.values():
+        p.data = scale * torch.randn(p.shape, generator=generator).to(p)
+
+
 def dense_logps(model, prompt, completion, temperature=1.0, left=0, right=0):
     """log p of each completion token and the entropy there: one padded sequence through a transformers model and a full log_softmax."""
     ids = torch.tensor([[END_OF_TURN] * left + prompt + completion + [END_OF_TURN] * right])

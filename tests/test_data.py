@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import reward
 from data import UserError, chat_tasks, load_records, tiny_tasks
+from data import constraints as checks
 
 loaders = importlib.import_module("data.loaders")
 TOPICS = importlib.import_module("data.chat_tasks").TOPICS
@@ -36,7 +36,7 @@ def test_chat_splits_share_no_topic():
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_chat_references_are_good_but_not_perfect(split):
     records = chat_tasks(split, 1500, seed=1)
-    met = {key: [ok for r in records for ok in reward.constraint_results(r[key], r["constraints"])]
+    met = {key: [ok for r in records for ok in checks.constraint_results(r[key], r["constraints"])]
            for key in ("chosen", "rejected")}
     assert 0.75 < sum(met["chosen"]) / len(met["chosen"]) < 0.85
     assert 0.3 < sum(met["rejected"]) / len(met["rejected"]) < 0.5
@@ -44,7 +44,7 @@ def test_chat_references_are_good_but_not_perfect(split):
     counts = Counter(c["type"] for r in records for c in r["constraints"])
     assert len(counts) >= 14 and min(counts.values()) >= 10
     for r in records:
-        assert reward.hack(r["prompt"], r["chosen"], r["min_words"], r["constraints"], r["about"]) is None, r
+        assert checks.hack(r["prompt"], r["chosen"], r["min_words"], r["constraints"], r["about"]) is None, r
 
 
 def test_chat_tasks_refuse_what_they_cannot_give():

@@ -7,12 +7,13 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import END_OF_TURN, WORDS, dense_logps, random_ids, reload
-from peft import LoraConfig, get_peft_model
+from conftest import END_OF_TURN, WORDS, dense_logps, random_ids, randomise_all, reload
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from data import UserError
-from policy import Policy
+from policy import HEAD, Policy
 from sampling import merged_weight
 
 PROMPTS = random_ids((5, 2), seed=1)
@@ -107,6 +108,55 @@ def test_an_architecture_that_mixes_neighbours_is_refused(model_dir, family, cha
     """A convolution runs over the end of one text into the next, and scores were wrong by nats without a sign."""
     with pytest.raises(UserError, match="cannot be scored"):
         Policy.load(model_dir(family, **changes), device="cpu", dtype="float32")
+
+
+@pytest.mark.parametrize("family, quantize", (("qwen3", "none"), ("qwen3", "nf4"), ("llama", "none")))
+def test_a_saved_role_scores_as_before_here_and_as_a_sequence_classifier(load, family, quantize, tmp_path):
+    policy = load(family, quantize=quantize)
+    parameters = policy.add_role("reward")
+    assert policy.sequence_scores(PROMPTS, COMPLETIONS).abs().max() == 0  # a new role says 0
+    randomise_all(parameters)
+    scores = policy.sequence_scores(PROMPTS, COMPLETIONS)
+    assert scores.shape == (2, 3) and scores.dtype == torch.float32
+    policy.save_role("reward", tmp_path / "role")
+
+    again = load(family, quantize=quantize)
+    assert not any(p.requires_grad for p in again.add_role("judge", tmp_path / "role").values())  # by another name, and frozen
+    assert all(p.requires_grad for p in again.trainable().values())
+    assert torch.equal(again.sequence_scores(PROMPTS, COMPLETIONS, "judge"), scores)
+    if quantize == "none":
+        # PAD must differ from the EOS at which texts end, or transformers reads the score one token early.
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(policy.source, num_labels=1, pad_token_id=0, dtype=torch.float32)
+        classifier = PeftModel.from_pretrained(base, str(tmp_path / "role")).eval()
+        for b, prompt in enumerate(PROMPTS):
+            for g, answer in enumerate(COMPLETIONS[b]):
+                logits = classifier(input_ids=torch.tensor([prompt + answer + [0] * 3])).logits
+                torch.testing.assert_close(logits[0, 0], scores[b, g], rtol=1e-4, atol=1e-4)
+
+
+def test_a_role_that_is_none_is_refused(load, shared, adapter, tmp_path):
+    policy = load()
+    randomise_all(policy.add_role("reward"))
+    policy.save_role("reward", good := tmp_path / "good")
+    tensors = load_file(good / "adapter_model.safetensors")
+
+    def changed(name, tensors):
+        shutil.copytree(good, tmp_path / name)
+        save_file(tensors, tmp_path / name / "adapter_model.safetensors")
+        return tmp_path / name
+
+    missing = dict(list(tensors.items())[1:]) | {HEAD: tensors[HEAD]}
+    for directory, reason in (
+        (adapter, "no scalar head"),
+        (tmp_path, "needs adapter_config.json"),
+        (changed("two", tensors | {HEAD: torch.zeros(2, 64)}), "2 outputs"),
+        (changed("wide", tensors | {HEAD: torch.zeros(1, 65)}), "not \\(1, 64\\)"),
+        (changed("few", missing), "not those of this model's layers"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            load().add_role("judge", directory)
+    with pytest.raises(UserError, match="does not fit"):
+        load("phi").add_role("judge", good)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 
 import reward
 from data import UserError, chat_tasks, tiny_tasks
+from data import constraints as checks
 
 tasks = importlib.import_module("data.chat_tasks")  # the package has a function of that name
 
@@ -80,7 +81,7 @@ def test_checks_decide_as_ifeval(monkeypatch):
         oracle = INSTRUCTION_DICT[name](name)
         oracle.build_description(**arguments)
         for text in texts:
-            ours = reward.constraint_results(text, [constraint])[0]
+            ours = checks.constraint_results(text, [constraint])[0]
             assert ours == bool(oracle.check_following(text)), (constraint, text)
             both.add((constraint["type"], ours))
     types = {constraint["type"] for constraint, _, _ in ifeval_cases()}
@@ -103,11 +104,11 @@ def test_tiny_checks():
              "ant , ant": (0, 1, 1), "ant , cat": (0, 1, 1), "ant , fox ,": (1, 1, 0), ", ant fox": (1, 1, 0),
              "ant , , fox": (1, 1, 0), "": (0, 0, 0), "ant , fox , ant": (0, 0, 1)}
     for text, wanted in cases.items():
-        assert reward.constraint_results(text, [items, order, comma]) == [bool(w) for w in wanted], text
+        assert checks.constraint_results(text, [items, order, comma]) == [bool(w) for w in wanted], text
     down = {"type": "order", "direction": "descending"}
-    assert reward.constraint_results("fox ant", [down]) == [True]
-    assert reward.constraint_results("ant and fox", [{"type": "separator", "text": "and"}]) == [True]
-    assert reward.constraint_results('"I think so."', [{"type": "start_with", "text": "I think"}]) == [True]
+    assert checks.constraint_results("fox ant", [down]) == [True]
+    assert checks.constraint_results("ant and fox", [{"type": "separator", "text": "and"}]) == [True]
+    assert checks.constraint_results('"I think so."', [{"type": "start_with", "text": "I think"}]) == [True]
 
 
 @pytest.mark.parametrize("constraint, word", [
@@ -120,7 +121,7 @@ def test_tiny_checks():
     ({"type": "separator", "text": ",", "ignore": "done"}, "ignore")])
 def test_wrong_constraints_are_named(constraint, word):
     with pytest.raises(UserError) as error:
-        reward.constraint_results("text", [constraint])
+        checks.constraint_results("text", [constraint])
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
@@ -165,24 +166,24 @@ HACKS = [  # each meets the letter of its constraint
 @pytest.mark.parametrize("constraint, answers", HACKS, ids=[c["type"] for c, _ in HACKS])
 def test_a_hack_earns_nothing(constraint, answers):
     for text in answers:
-        assert reward.constraint_results(text, [constraint]) == [True], text  # else it would prove nothing
+        assert checks.constraint_results(text, [constraint]) == [True], text  # else it would prove nothing
         assert earn(text, [constraint], min_words=4) == 0.0, text
 
 
 def test_hacks_cover_every_check():
-    assert {c["type"] for c, _ in HACKS} == set(reward.CHECKS)
+    assert {c["type"] for c, _ in HACKS} == set(checks.CHECKS)
 
 
 def test_hack_names_its_reason():
-    assert reward.hack(ASK, "") == reward.hack(ASK, "?!") == reward.hack(ASK, "bees", min_words=4) == "empty"
-    assert reward.hack(ASK, ASK.lower()) == "echo"
-    assert reward.hack(ASK, "Bees buzz. Bees buzz. Bees buzz. Bees buzz.") == "repetition"
-    assert reward.hack(ASK, "My answer is fine now.", about=["bee"]) == "off-topic"
-    assert reward.hack(ASK, GOOD, min_words=4, about=["bee"]) is None
-    assert reward.hack("name 2 animals", "ant fox") is None  # two words are an answer where no more is asked
+    assert checks.hack(ASK, "") == checks.hack(ASK, "?!") == checks.hack(ASK, "bees", min_words=4) == "empty"
+    assert checks.hack(ASK, ASK.lower()) == "echo"
+    assert checks.hack(ASK, "Bees buzz. Bees buzz. Bees buzz. Bees buzz.") == "repetition"
+    assert checks.hack(ASK, "My answer is fine now.", about=["bee"]) == "off-topic"
+    assert checks.hack(ASK, GOOD, min_words=4, about=["bee"]) is None
+    assert checks.hack("name 2 animals", "ant fox") is None  # two words are an answer where no more is asked
     asked = "Use the words 'sweet honey' and 'hive'. End with 'That is all for today, my friend.'"
-    assert reward.hack(asked, "The hive is full of sweet honey. That is all for today, my friend.", 4) is None
-    assert reward.hack("sort ant bear fox wolf in order", "ant bear fox wolf") is None
+    assert checks.hack(asked, "The hive is full of sweet honey. That is all for today, my friend.", 4) is None
+    assert checks.hack("sort ant bear fox wolf in order", "ant bear fox wolf") is None
 
 
 def test_verifier_reads_messages_and_truncation():
@@ -197,7 +198,7 @@ def test_references_that_meet_their_constraints_are_no_hacks():
     for records in (chat_tasks("train", 1500), chat_tasks("heldout", 800), tiny_tasks("train", 800)):
         columns = {key: [r[key] for r in records] for key in ("constraints", "min_words", "about") if key in records[0]}
         earned = reward.verifier([r["prompt"] for r in records], [r["chosen"] for r in records], **columns)
-        met = [all(reward.constraint_results(r["chosen"], r["constraints"])) for r in records]
+        met = [all(checks.constraint_results(r["chosen"], r["constraints"])) for r in records]
         assert earned == [float(ok) for ok in met] and 0.4 < sum(earned) / len(earned) < 0.9
 
 
@@ -208,7 +209,7 @@ def test_answers_meet_what_they_are_meant_to_meet():
             constraints = [tasks.make_constraint(rng, kind, topic["sentences"])[0] for kind in kinds]
             met = [rng.random() < 0.6 for _ in kinds]
             text = tasks.answer(rng, topic, kinds, constraints, met)
-            assert reward.constraint_results(text, constraints) == met, (kinds, text)
+            assert checks.constraint_results(text, constraints) == met, (kinds, text)
 
 
 # ------------------------------------------------------------------------------------------- user functions and metrics

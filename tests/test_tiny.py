@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from data.constraints import constraint_results
 from data.make_tiny import END_OF_TEXT, END_OF_TURN, make_tiny, noisy_answer
 from data.tiny_tasks import answer, tiny_tasks
-from reward import constraint_results, verifier
+from reward import verifier
 
 TINY = Path(__file__).parent.parent / "data" / "tiny"
 
