@@ -93,7 +93,7 @@ def test_checks_decide_as_ifeval(monkeypatch):
     ("Dr. Smith met J. Doe.", 1), ("It costs 3.5 dollars.", 1), ("Bees dance, e.g. in May. Yes.", 2),
     ("1. Wash it.\n2. Eat it.", 2), ("Really?! Wow...", 2), ("It is hot. P.S. Drink.", 2), ("I live in 2020. It is fine.", 2)])
 def test_sentences(text, count):
-    assert len(reward.sentences(text)) == count
+    assert len(checks.sentences(text)) == count
 
 
 def test_tiny_checks():
