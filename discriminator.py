@@ -36,6 +36,7 @@ from scoring import Pack
 from settings import check_settings, parse, setting
 
 ROLE, ABOUT = "discriminator", "discriminator.json"
+MATCHED = 4  # samples of the policy to choose one of like length from: otherwise length is the first thing that polar learns, and often the last
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Scores
@@ -114,9 +115,9 @@ def another_expert(record, config):
     return rng.choice(experts) if experts else None
 
 
-def expert_pairs(policy, records, config, seed):
+def expert_pairs(policy, records, config, seed, draws=1):
     """[(q y q, other expert answer, sample of the policy)] as ids, for fit_scorer; records without a second expert answer, or whose text
-    passes the model's context, are left out and counted on stderr."""
+    passes the model's context, are left out and counted on stderr. Of `draws` samples the one nearest in length to the answer is taken."""
     rng, kept, without, long = random.Random(seed), [], 0, 0
     for record in records:
         second = another_expert(record, config)
@@ -137,9 +138,13 @@ def expert_pairs(policy, records, config, seed):
             f"data {config.data}: no record has a second expert answer (column 'experts', see python -m data.teach) for --discriminator polar "
             "to learn from; choose --discriminator embedding or cotrained"
         )
-    rollout = policy.generate([q for q, _, _ in kept], 1, config.max_new_tokens, config.temperature, seed)
-    pairs = [(condition(q, y), other, sample[0]) for (q, y, other), sample in zip(kept, rollout.completions)]
-    return [pair for pair in pairs if pair[1] != pair[2]]
+    rollout = policy.generate([q for q, _, _ in kept], draws, config.max_new_tokens, config.temperature, seed)
+    pairs = []
+    for (q, y, other), samples in zip(kept, rollout.completions):
+        sample = min(samples, key=lambda ids: abs(len(ids) - len(other)))
+        if sample != other:
+            pairs.append((condition(q, y), other, sample))
+    return pairs
 
 
 def train_polar(policy, config, *, pairs, epochs, lr, log=None):
@@ -149,7 +154,7 @@ def train_polar(policy, config, *, pairs, epochs, lr, log=None):
     """
     policy.add_role(ROLE)
     records = load_records(config.data, "train", pairs, seed=config.seed + 1, level="tiny" if config.model == "tiny" else "chat")
-    known = expert_pairs(policy, records, config, config.seed * 7919 + 1)
+    known = expert_pairs(policy, records, config, config.seed * 7919 + 1, MATCHED)
     cut = max(1, len(known) // 10)
     history = fit_scorer(policy, ROLE, known[cut:], known[:cut], lr=lr, epochs=epochs, seed=config.seed, max_tokens_per_pass=config.micro_batch_tokens, log=log)
     return known[cut:], history
