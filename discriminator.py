@@ -200,7 +200,7 @@ def load(policy, directory):
 
 @dataclass
 class DiscriminatorConfig:
-    presets = {"tiny": dict(lr=1e-3, pairs=1024), "chat": dict(lr=3e-4, pairs=256)}
+    presets = {"tiny": dict(lr=3e-3, pairs=1024, epochs=4), "chat": dict(lr=3e-4, pairs=256, epochs=1)}
 
     model: str = setting("auto", "as in a run: tiny, a hub name, a directory, a .gguf file")
     quantize: str = setting(None, "nf4 or none [tiny: nf4; others: nf4 on a GPU, none on a CPU]", choices=("nf4", "none"))
@@ -208,7 +208,7 @@ class DiscriminatorConfig:
     from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
     pairs: int = setting(None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6)
     test_pairs: int = setting(256, "held-out prompts to test on", low=2, high=10**5)
-    epochs: int = setting(2, "passes over the pairs", low=1, high=1000)
+    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
     lr: float = setting(None, "learning rate of AdamW", above=0, high=1)
     max_new_tokens: int = setting(None, "longest sample of the policy, tokens", low=1, high=32768)
     temperature: float = setting(1.0, "its sampling temperature", above=0, high=10)

@@ -49,8 +49,8 @@ ANCHORED = ("unified", "a-chord", "a-sft", "a-grpo", "shaping")  # with a discri
 @dataclass
 class UniAPLConfig(Config):
     presets = {
-        "tiny": dict(lr=2e-3, discriminator_pairs=512, discriminator_lr=1e-3),
-        "chat": dict(lr=1e-4, discriminator_pairs=256, discriminator_lr=3e-4),
+        "tiny": dict(lr=2e-3, discriminator_pairs=1024, discriminator_epochs=4, discriminator_lr=3e-3),
+        "chat": dict(lr=1e-4, discriminator_pairs=256, discriminator_epochs=1, discriminator_lr=3e-4),
     }
     variant: str = setting("unified", "what to optimise, see VARIANTS in uniapl.py", choices=tuple(VARIANTS))
     lambda_adv: float = setting(0.1, "weight of the adversarial part", low=0, high=100)
@@ -68,7 +68,7 @@ class UniAPLConfig(Config):
     switch_lr: float = setting(None, "learning rate of stage 2 [--lr]", above=0, high=1)
     discriminator: str = setting(None, "polar, embedding, cotrained, or a directory of `uniapl.py discriminator` [polar where the variant uses one, else none]")
     discriminator_pairs: int = setting(None, "polar: prompts to learn from at the start, a tenth of them for early stopping", low=10, high=10**6)
-    discriminator_epochs: int = setting(2, "polar: passes over them", low=1, high=1000)
+    discriminator_epochs: int = setting(None, "polar: passes over them", low=1, high=1000)
     discriminator_lr: float = setting(None, "polar, cotrained: learning rate", above=0, high=1)
     discriminator_warmup: int = setting(5, "cotrained: steps that train only the discriminator", low=0, high=10**6)
     parts_every: int = setting(5, "steps between measurements of the gradient's parts, each of which costs a backward pass", low=1, high=10**6)
@@ -175,10 +175,12 @@ class Gradient:
     """Adds up the step's gradient in p.grad; where `apart`, each part by itself first, for their norms and cosines."""
 
     def __init__(self, params, apart):
-        self.params, self.apart, self.parts = list(params), apart, {}
+        self.params, self.apart, self.parts, self.loss = list(params), apart, {}, 0.0
 
     def add(self, **losses):
-        losses = {name: loss for name, loss in losses.items() if torch.is_tensor(loss) and loss.requires_grad}
+        losses = {name: loss for name, loss in losses.items() if torch.is_tensor(loss)}
+        self.loss += sum(float(loss.detach()) for loss in losses.values())
+        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
         if not self.apart:
             if losses:
                 sum(losses.values()).backward()
@@ -226,7 +228,7 @@ def update(trainer, records):
     n_expert = normaliser(completion_mask(experts, policy.device), "token")
     imitated = torch.ones(len(records), 1, dtype=torch.bool, device=policy.device)  # (B, 1): the experts that count
     expert_loss = sft_phi_loss if c.phi else sft_loss
-    metrics, loss = {}, 0.0
+    metrics = {}
 
     if objective != "sft":  # the policy's own samples: preference and adversarial part
         batch = trainer.rollout(records)
@@ -262,7 +264,6 @@ def update(trainer, records):
             preference = w_preference * grpo if w_preference else 0.0
             adversarial = w_adversarial * adversarial_loss(logps, A_D[part].flatten(), mask, A_D.numel()) if w_adversarial else 0.0
             gradient.add(preference=preference, adversarial=adversarial)
-            loss += float(preference) + float(adversarial)
 
     prompts = [r["prompt_ids"] for r in records]
     for part in trainer.micro_batches(prompts, experts):  # the expert's answers: imitation
@@ -274,11 +275,9 @@ def update(trainer, records):
             imitation = luffy_loss(logps, A_y[part].flatten(), mask, aggregate=c.aggregate, denominator=n_expert)
         else:
             imitation = expert_loss(logps, mask & imitated[part], denominator=n_expert)
-        imitation = w_imitation * imitation if w_imitation else 0.0
-        gradient.add(imitation=imitation)
-        loss += float(imitation)
+        gradient.add(imitation=w_imitation * imitation if w_imitation else 0.0)
 
-    metrics |= {"length/expert": sum(len(y[0]) for y in experts) / len(experts), "stage": 0 if resting else stage, "loss": loss}
+    metrics |= {"length/expert": sum(len(y[0]) for y in experts) / len(experts), "stage": 0 if resting else stage, "loss": gradient.loss}
     metrics |= gradient.finish() | sums.means() | trainer.optimizer_step() | ({} if mu is None or resting else {"mu": mu})
     return metrics | {"lr": trainer.optimizer.param_groups[0]["lr"]}
 
