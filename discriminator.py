@@ -171,7 +171,8 @@ def train_at_start(policy, c):
 def check_context(policy, records, c):
     """UserError if a record's prompt, expert answer, prompt and sample do not fit into the model's context together."""
     for r in records:
-        length = len(condition(r["prompt_ids"], r["reference_ids"])) + c.max_new_tokens
+        second = another_expert(r, c)
+        length = len(condition(r["prompt_ids"], r["reference_ids"])) + max(c.max_new_tokens, len(policy.encode_answer(second)) if second else 0)
         if length > policy.context:
             raise UserError(
                 f"data {c.data}: the polar discriminator reads {length} tokens for the prompt {str(r['prompt'])[:60]!r}, more than the model's context of "

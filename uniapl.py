@@ -12,7 +12,7 @@ discriminator as a loss of its own rather than a shaped reward. v2 reports its b
 
 Ours, where the paper (as far as it is known to us) leaves it open:
 - L_adv is the score-function gradient of D's group-normalised scores, -1/G sum_i A^D_i 1/|o_i| sum_t log pi(o_{i,t}): D is a frozen number.
-  Its value says nothing, and is about 0 in no sense that matters; watch score/* and the gradient parts.
+  Its value says nothing of how near the policy is; watch score/* and the norm of its gradient.
 - lambda_adv = 0.1, learning rates, batch, temperature 1, LoRA on a frozen backbone; the discriminators, see discriminator.py.
 - mu follows CHORD (2508.11408): peak 0.9 at once, cosine to 0.05, over two thirds of --steps (CHORD: 200 steps). So `a-chord` *is* `unified`; both
   names are kept, as the paper reports both. --aggregate token divides L_GRPO by its tokens, as CHORD does; the default by samples, then by tokens.
@@ -206,13 +206,13 @@ class Gradient:
 
 
 def distinct(groups, n, ends):
-    """Distinct-n (Li et al., arXiv 1510.03055) within each prompt's samples: different n-grams over all, mean over prompts; nan if there is none."""
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055) within each prompt's samples: different n-grams over all, mean over prompts; {} without any."""
     shares = []
     for group in groups:
         texts = [[t for t in ids if t not in ends] for ids in group]
         grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
         shares += [len(set(grams)) / len(grams)] if grams else []
-    return sum(shares) / len(shares) if shares else math.nan
+    return {f"distinct/{n}": sum(shares) / len(shares)} if shares else {}
 
 
 def update(trainer, records):
@@ -233,7 +233,7 @@ def update(trainer, records):
     if objective != "sft":  # the policy's own samples: preference and adversarial part
         batch = trainer.rollout(records)
         prompts, samples = batch.prompts, batch.completions
-        metrics |= batch.metrics | {f"distinct/{n}": distinct(samples, n, policy.eos_ids) for n in (1, 2)}
+        metrics |= batch.metrics | distinct(samples, 1, policy.eos_ids) | distinct(samples, 2, policy.eos_ids)
         rewards, n = batch.rewards, normaliser(completion_mask(samples, policy.device), c.aggregate)
         A_D = torch.zeros_like(rewards)  # (B, G)
         if c.discriminator:

@@ -160,9 +160,9 @@ def test_shaping_cancels_lambda_in_a_tied_group():
 
 def test_distinct_n_by_hand():
     groups = [[[5, 6, 3], [5, 6, 7, 3]], [[9, 9, 3], [3]]]  # 3 ends an answer
-    assert uniapl.distinct(groups, 1, [3]) == pytest.approx((3 / 5 + 1 / 2) / 2)
-    assert uniapl.distinct(groups, 2, [3]) == pytest.approx((2 / 3 + 1) / 2)
-    assert math.isnan(uniapl.distinct([[[3], [3]]], 1, [3]))
+    assert uniapl.distinct(groups, 1, [3]) == {"distinct/1": pytest.approx((3 / 5 + 1 / 2) / 2)}
+    assert uniapl.distinct(groups, 2, [3]) == {"distinct/2": pytest.approx((2 / 3 + 1) / 2)}
+    assert uniapl.distinct([[[3], [3]]], 1, [3]) == {}  # NaN would not be JSON
 
 
 # ------------------------------------------------------------------------------------------------------------ the update
