@@ -165,7 +165,7 @@ def train_at_start(policy, c):
     start = time.perf_counter()
     known, history = train_polar(policy, c, pairs=c.discriminator_pairs, epochs=c.discriminator_epochs, lr=c.discriminator_lr)
     share = max(line["held_out/accuracy"] for line in history)
-    print(f"discriminator: {len(known)} pairs in {time.perf_counter() - start:.0f} s; it tells the expert from the policy on {share:.3f} of those kept for early stopping")
+    print(f"discriminator: {len(known)} pairs in {time.perf_counter() - start:.0f} s; right on {share:.3f} of the pairs kept for early stopping")
 
 
 def check_context(policy, records, c):

@@ -3,8 +3,8 @@
     python -m data.teach --model DIR-OR-HUB-NAME --out teacher.jsonl --prompts 1000 --samples 8
     python uniapl.py --data teacher.jsonl
 
-Every prompt with an answer that passes becomes a record of --out: `chosen` is the first such answer, `experts` holds the
-different others, and the columns that the verifier reads stay. `rejected` goes, because it was made for another answer.
+Every prompt with an answer that passes becomes a record of --out: `chosen` is the first such answer, `experts` holds
+the different others, and the columns that the verifier reads stay. `rejected` goes: it belonged to another answer.
 
     {"prompt": "Write one short sentence about bees. Use only lowercase letters.",
      "chosen": "bees live in hives.", "experts": ["a bee makes honey."], "constraints": [{"type": "lowercase"}], ...}
@@ -50,8 +50,8 @@ def main(argv=None):
     parser.add_argument("--model", required=True, help="the teacher: a hub name, a directory, a .gguf file, or tiny")
     parser.add_argument("--adapter", help="a LoRA adapter of it, such as runs/NAME/adapter")
     parser.add_argument("--quantize", choices=("nf4", "none"), default="none", help="nf4: 4-bit weights [none]")
-    parser.add_argument("--data", default="tasks", help="tasks (built in) or FILE.jsonl[.gz] with 'constraints' [tasks]")
-    parser.add_argument("--level", choices=("tiny", "chat"), help="of the built-in tasks [tiny for --model tiny, else chat]")
+    parser.add_argument("--data", default="tasks", help="tasks (built in) or FILE.jsonl with 'constraints' [tasks]")
+    parser.add_argument("--level", choices=("tiny", "chat"), help="of the tasks [tiny for --model tiny, else chat]")
     parser.add_argument("--out", required=True, help="JSONL file to write; must not exist")
     parser.add_argument("--prompts", type=int, default=1000, help="prompts of the training split [1000]")
     parser.add_argument("--samples", type=int, default=8, help="answers to each [8]")

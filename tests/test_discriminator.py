@@ -111,7 +111,8 @@ def test_roles_of_a_pair_are_random_and_never_the_same_text(tiny):
 def test_experts_of_a_file():
     c, record = config(data="file.jsonl"), {"prompt": "list 2 animals", "chosen": "cat dog"}
     assert another_expert(record, c) is None and another_expert(record | {"experts": ["cat dog"]}, c) is None
-    assert {another_expert(record | {"experts": ["cat dog", "ant fox", "bear lion"]}, config(data="file.jsonl", seed=s)) for s in range(20)} == {"ant fox", "bear lion"}
+    several = record | {"experts": ["cat dog", "ant fox", "bear lion"]}
+    assert {another_expert(several, config(data="file.jsonl", seed=s)) for s in range(20)} == {"ant fox", "bear lion"}
     with pytest.raises(UserError, match="experts"):
         another_expert(record | {"experts": ["", "cat"]}, c)
 
@@ -140,7 +141,8 @@ def test_polar_learns_what_sets_the_expert_apart(tiny_file):
 
 @pytest.fixture
 def tiny_file(tmp_path):
-    records = [r | {"chosen": r["chosen"] + " bye", "experts": [another_tiny_answer(r, random.Random(i)) + " bye"]} for i, r in enumerate(tiny_tasks("train", 250))]
+    rng = random.Random(0)
+    records = [r | {"chosen": r["chosen"] + " bye", "experts": [another_tiny_answer(r, rng) + " bye"]} for r in tiny_tasks("train", 250)]
     (tmp_path / "bye.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return tmp_path / "bye.jsonl"
 
@@ -150,7 +152,8 @@ def test_the_test_splits_by_length_and_names_the_floor(monkeypatch):
     pairs = [([1], [1] * n, [1] * m) for n, m in ((3, 2), (3, 1), (2, 2), (1, 2))]
     monkeypatch.setattr(discriminator, "group_scores", lambda *_: [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, 1.0]])
     found = {name: (n, share) for name, n, share, _, _ in measure(None, pairs, pairs, 0)}
-    assert found == {"all": (4, 0.625), "expert shorter": (1, 1.0), "same length": (1, 0.5), "expert longer": (2, 0.5), "length alone: the longer one": (4, 0.625)}
+    by_length = {"expert shorter": (1, 1.0), "same length": (1, 0.5), "expert longer": (2, 0.5)}
+    assert found == by_length | {"all": (4, 0.625), "length alone: the longer one": (4, 0.625)}
     assert "length alone: the shorter one" in [row[0] for row in measure(None, [([1], [1], [1, 1])], pairs, 0)]
 
 
@@ -194,8 +197,10 @@ def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
     assert teach.main(flags) == 2 and "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, said", ((["--samples", "0"], "--samples 0"), (["--temperature", "0"], "--temperature"), (["--model", "nowhere"], "model nowhere"),
-                                         (["--max-new-tokens", "1"], "nothing to write"), (["--data", "PLAIN"], "constraints")))
+@pytest.mark.parametrize("flags, said", (
+    (["--samples", "0"], "--samples 0"), (["--temperature", "0"], "--temperature"), (["--model", "nowhere"], "model nowhere"),
+    (["--max-new-tokens", "1"], "nothing to write"), (["--data", "PLAIN"], "constraints"),
+))
 def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
     (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"prompt": f"list {n} animals", "chosen": "cat"}) + "\n" for n in range(9)))
     flags = [str(tmp_path / "plain.jsonl") if f == "PLAIN" else f for f in flags]
