@@ -13,6 +13,7 @@ dialogue is not on another side than an earlier one. Pairs that cannot be used a
 
 import json
 import sys
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -359,6 +360,8 @@ COMMANDS = {"train": (TrainConfig, train_command), "score": (ScoreConfig, score_
 
 def main(argv):
     """python reward.py train|score|judge [flags] -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
+    warnings.filterwarnings("once", category=UserWarning)
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     word = argv[0] if argv else ""
     if word in ("-h", "--help"):
         print(f"{__doc__}\nusage: python reward.py {'|'.join(COMMANDS)} [flags]; for the flags: python reward.py COMMAND --help")

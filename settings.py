@@ -174,5 +174,9 @@ METRICS = {
     "eval/reward": ("reward", "mean over held-out prompts, one sample each; the number to watch"),
     "eval/low": ("reward", "lower end of its 95 % bootstrap interval over prompts"),
     "eval/high": ("reward", "upper end"),
+    "eval/std": ("reward", "standard deviation over the held-out prompts"),
+    "eval/q25": ("reward", "lower quartile over them"),
+    "eval/median": ("reward", "median"),
+    "eval/q75": ("reward", "upper quartile"),
     "eval/reference": ("reward", "mean reward of the held-out references"),
 }

@@ -393,7 +393,7 @@ PANELS = [
 
 def evaluation(samples):
     s = summary(samples)
-    return {"eval/reward": s["reward"], "eval/low": s["low"], "eval/high": s["high"], "eval/reference": s["reference"]}
+    return {f"eval/{name}": s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")}
 
 
 def postfix(metrics):
