@@ -12,6 +12,8 @@ dialogue is not on another side than an earlier one. Pairs that cannot be used a
 """
 
 import json
+import math
+import random
 import sys
 import warnings
 from collections import Counter
@@ -29,7 +31,18 @@ from plots.calibration import draw_calibration
 from policy import Policy
 from record import environment, read_jsonl
 from reward import (
-    Judge, ModelReward, RoleScorer, accuracy, bootstrap_interval, fit_scorer, load_scorer, nag, ras, shown_prompt, tokenizer_print, verdict,
+    Judge,
+    ModelReward,
+    RoleScorer,
+    accuracy,
+    bootstrap_interval,
+    fit_scorer,
+    load_scorer,
+    nag,
+    ras,
+    shown_prompt,
+    tokenizer_print,
+    verdict,
 )
 from settings import check_settings, parse, same, setting
 
@@ -103,7 +116,9 @@ def usable_pairs(records, tokens, most, name, elsewhere=frozenset()):
     """
     kept, left, first = [], Counter(), {}
     for record in records:
-        prompt, chosen, rejected = record["prompt"], record["chosen"], record.get("rejected")
+        prompt, chosen, rejected, margin = record["prompt"], record["chosen"], record.get("rejected"), record.get("margin", 0)
+        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
+            raise UserError(f"{name}: the margin of the prompt {shown_prompt(prompt)} is {margin!r}; write a finite number or leave it out")
         if rejected is None:
             reason = "without a rejected answer"
         elif not chosen.strip() or not rejected.strip():
@@ -202,6 +217,12 @@ def report_pairs(name, m):
 # The commands
 
 
+def check_unknown(policy, prompts, config):
+    tokens, unknown = sum(map(len, prompts)), sum(ids.count(policy.tokenizer.unk_token_id) for ids in prompts)
+    if policy.tokenizer.unk_token_id is not None and unknown > 0.1 * tokens:
+        raise UserError(f"data {config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {config.model}; choose another --model")
+
+
 def train_command(config):
     out, level = Path(config.out), "tiny" if config.model == "tiny" else "chat"
     if out.exists() and not config.overwrite:
@@ -224,14 +245,16 @@ def train_command(config):
         measured[name], left[name] = usable_pairs(records, scorer.tokens, most, name)
     elsewhere = {dialogue(r["prompt"]) for records in measured.values() for r in records}
     training, left["training"] = usable_pairs(training, scorer.tokens, most, "training", elsewhere)
+    random.Random(config.seed).shuffle(training)  # of several files, each has its share of --train-pairs
     training, stop = set_apart(training, min(config.stop_pairs, len(training) // 10), config.seed)
     training = training[: config.train_pairs or None]
     pairs, held_out = (
         [(policy.encode_prompt(r["prompt"]), policy.encode_answer(r["chosen"]), policy.encode_answer(r["rejected"]), r.get("margin", config.margin)) for r in part]
         for part in (training, stop)
     )
+    check_unknown(policy, [p[0] for p in pairs], config)
     print(f"reward model · {config.model} · {config.quantize} {str(policy.dtype).split('.')[-1]} on {policy.device} · learns from {len(pairs)} pairs, stops by {len(held_out)}, "
-          f"is measured on {', '.join(f'{len(records)} of {name}' for name, records in measured.items())}; no dialogue is in two of them", flush=True)
+          f"is measured on {', '.join(f'{len(records)} of {name}' for name, records in measured.items())}; the three share no dialogue", flush=True)
 
     def log(line):
         print(" · ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
@@ -251,7 +274,7 @@ def train_command(config):
     info = {
         "base": "tiny" if config.model == "tiny" else str(config.model), "tokenizer": tokenizer_print(policy.tokenizer),
         "scores": {"mean": float(np.mean(everything)), "std": float(np.std(everything))},
-        "split": {"statement": "no dialogue (prompts that open with the same user message) is in two of the sets", "training": len(pairs),
+        "split": {"statement": "the pairs learnt from, stopped by and measured on share no dialogue (prompts that open with the same user message)", "training": len(pairs),
                   "stop": len(held_out), "measured": {name: len(records) for name, records in measured.items()}, "left_out": left},
         "evaluation": results, "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite")}, "environment": environment(),
     }

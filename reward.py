@@ -225,7 +225,8 @@ class RoleScorer:
 
 class Classifier:
     """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template. Called as RoleScorer; the score is
-    logits[0] of the whole templated conversation, as transformers gives it (its templates write BOS and EOS themselves: none is added)."""
+    logits[0] of the whole templated conversation, as transformers gives it (its templates write BOS and EOS themselves: none is added).
+    It is loaded in the compute type, whatever --quantize says."""
 
     def __init__(self, name, device="auto", dtype="auto", most=4096):
         self.name, self.most, self.device = name, most, pick_device(device)
@@ -285,7 +286,7 @@ class Classifier:
 
 def refuse_longer(tokens, context, prompt):
     if tokens > context:
-        raise UserError(f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the reward model's context of {context}; "
+        raise UserError(f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
                         "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)")
 
 
@@ -316,12 +317,13 @@ def load_scorer(name, policy=None, most=4096, **options):
             policy = Policy.load(base, **options)
     except UserError as error:
         raise UserError(f"reward model {name}: its base, {base}, is not to be had: {error}") from error
-    parameters = policy.add_role("reward", directory)
+    role = f"reward{len(policy.heads) or ''}"
+    parameters = policy.add_role(role, directory)
     if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
         raise UserError(f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again")
     size = sum(p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters()))
     print(f"reward model {name}: {'on the same' if shared else 'beside the policy, with its own'} backbone {base}, {size / 2**20:.1f} MiB", file=sys.stderr)
-    return RoleScorer(policy, "reward", most)
+    return RoleScorer(policy, role, most)
 
 
 class ModelReward:
