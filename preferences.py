@@ -88,7 +88,6 @@ class ScoreConfig:
     max_tokens: int = setting(0, "leave out pairs whose prompt and longer answer have more tokens (0: the model's context)", low=0, high=10**6)
     pairs: int = setting(0, "at most so many pairs (0: all)", low=0, high=10**7)
     missing_eos_penalty: float = same("missing_eos_penalty")
-    quantize: str = same("quantize")
     micro_batch_tokens: int = same("micro_batch_tokens")
     device: str = same("device")
     dtype: str = same("dtype")
@@ -98,6 +97,7 @@ class ScoreConfig:
 class JudgeConfig(ScoreConfig):
     model: str = setting("auto", "chat model: a hub name, a directory, a .gguf file; auto: Qwen/Qwen3-0.6B with a CUDA GPU")
     criterion: str = same("criterion")
+    quantize: str = same("quantize")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def print_samples(config, name, reward_fn, before, after):
 
 
 def score_command(config):
-    scorer = load_scorer(config.model, most=config.micro_batch_tokens, device=config.device, dtype=config.dtype, quantize=config.quantize)
+    scorer = load_scorer(config.model, most=config.micro_batch_tokens, device=config.device, dtype=config.dtype)
     if config.samples:
         return print_samples(config, config.model, ModelReward(scorer, config.model, config.missing_eos_penalty), *read_samples(config))
     level = "tiny" if isinstance(scorer, RoleScorer) and scorer.policy.name == "tiny" else "chat"

@@ -295,26 +295,28 @@ def tokenizer_print(tokenizer):
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()).hexdigest()[:16]
 
 
-def load_scorer(name, policy=None, most=4096, **options):
-    """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier. options: device, dtype, quantize.
+def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
+    """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
 
-    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside.
+    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside,
+    in NF4 if it was trained so.
     """
     if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
         raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
     directory = Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
     if not (directory / "adapter_config.json").is_file():
-        return Classifier(name, options.get("device", "auto"), options.get("dtype", "auto"), most)
+        return Classifier(name, device, dtype, most)
     try:
         base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
         info = json.loads((directory / "reward_model.json").read_text()) if (directory / "reward_model.json").is_file() else {}
-    except (ValueError, KeyError) as error:
+        quantize = info.get("settings", {}).get("quantize", "none")
+    except (ValueError, KeyError, AttributeError) as error:
         raise UserError(f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})") from error
     base = "tiny" if base == "data/tiny" else str(base)
     try:
         shared = policy is not None and os.path.realpath(find_model(base)) == os.path.realpath(policy.source)
         if not shared:
-            policy = Policy.load(base, **options)
+            policy = Policy.load(base, quantize=quantize, device=device, dtype=dtype)
     except UserError as error:
         raise UserError(f"reward model {name}: its base, {base}, is not to be had: {error}") from error
     role = f"reward{len(policy.heads) or ''}"
@@ -322,7 +324,9 @@ def load_scorer(name, policy=None, most=4096, **options):
     if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
         raise UserError(f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again")
     size = sum(p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters()))
-    print(f"reward model {name}: {'on the same' if shared else 'beside the policy, with its own'} backbone {base}, {size / 2**20:.1f} MiB", file=sys.stderr)
+    other = quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none")
+    print(f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}, {size / 2**20:.1f} MiB"
+          + (f"; it was trained with --quantize {quantize}, so scores here are a little different" if other else ""), file=sys.stderr)
     return RoleScorer(policy, role, most)
 
 
@@ -424,11 +428,11 @@ def verdict(row):
 
 def load_model_reward(config, policy):
     """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone where it is the same."""
-    options = dict(device=config.device, dtype=config.dtype, quantize=config.quantize)
+    options = dict(device=config.device, dtype=config.dtype)
     kind, _, name = config.reward.rpartition(":") if config.reward.startswith(("pairwise:", "judge:")) else ("", "", config.reward)
     if kind == "judge":
         shared = os.path.realpath(find_model(name)) == os.path.realpath(policy.source)
-        return Judge(policy if shared else Policy.load(name, **options), name, config.criterion, config.micro_batch_tokens)
+        return Judge(policy if shared else Policy.load(name, quantize=config.quantize, **options), name, config.criterion, config.micro_batch_tokens)
     scorer = load_scorer(name, policy, config.micro_batch_tokens, **options)
     return ModelReward(scorer, config.reward, config.missing_eos_penalty, kind == "pairwise", config.tie_band)
 

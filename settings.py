@@ -89,7 +89,7 @@ def check_settings(config):
             bound = f"above {rule['above']}" if rule["above"] is not None else f"at least {rule['low']}"
             raise UserError(f"{flag} {value}: must be {bound} and at most {rule['high']}")
     gpu = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
-    if config.quantize is None:
+    if getattr(config, "quantize", "") is None:
         config.quantize = "nf4" if gpu else "none"
     if getattr(config, "gradient_checkpointing", None) == "auto":
         config.gradient_checkpointing = "on" if gpu and config.model != "tiny" else "off"
