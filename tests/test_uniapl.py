@@ -89,7 +89,7 @@ def test_phi_weights_without_gradient():
     logps, mask = tokens()
     rows = loops(logps, mask)
     valid = [x for row in rows for x in row]
-    expected = -sum(math.exp(x) * (1 - math.exp(x)) * x for x in valid) / len(valid)
+    expected = -sum(x.detach().exp() * (1 - x.detach().exp()) * x for x in valid) / len(valid)
     assert_same_loss(uniapl.sft_phi_loss(logps, mask), logps, mask, expected, rows)
     certain = torch.tensor([[0.0, math.log(0.5), -50.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(uniapl.sft_phi_loss(certain, torch.ones(1, 3, dtype=torch.bool)), certain)
@@ -322,10 +322,6 @@ def test_one_step_moves_the_policy_and_logs_what_is_defined(variant):
 
 # ------------------------------------------------------------------------------------------------------------ the script
 
-def script(*flags):
-    return subprocess.run([sys.executable, ROOT / "uniapl.py", *map(str, flags)], capture_output=True, text=True, cwd=ROOT)
-
-
 FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
 EXTRA = [["--discriminator", "cotrained", "--discriminator-warmup", "1"], ["--variant", "chord", "--phi"]]
 
@@ -342,16 +338,17 @@ def test_every_variant_trains_and_saves(flags, tmp_path, monkeypatch):
     assert not any("discriminator" in name for name in adapter) and any(p.any() for n, p in adapter.items() if "lora_B" in n)
 
 
-def test_script_with_a_discriminator_of_its_own(tmp_path):
-    process = script("discriminator", "--model", "tiny", "--pairs", 30, "--test-pairs", 20, "--epochs", 1, "--out", tmp_path / "D")
+def test_script_with_a_discriminator_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["uniapl.py"])
+    make = ["discriminator", "--model", "tiny", "--out", str(tmp_path / "D")]
+    assert uniapl.command_line([*make, "--pairs", "30", "--test-pairs", "20", "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "told the expert from the policy on held-out prompts" in said and "length alone" in said
+    assert uniapl.command_line(make) == 2 and "exists already" in capsys.readouterr().err
+    process = subprocess.run([sys.executable, ROOT / "uniapl.py", *SMALL, "--steps", "1", "--discriminator", tmp_path / "D", "--out", tmp_path / "run"],
+                             capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
-    assert "told the expert from the policy on held-out prompts" in process.stdout and "length alone" in process.stdout
-    process = script(*SMALL, "--discriminator", tmp_path / "D", "--out", tmp_path / "run")
-    assert process.returncode == 0, process.stderr
-    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert "score/accuracy" in lines[1] and "discriminator:" not in process.stdout
-    again = script("discriminator", "--model", "tiny", "--out", tmp_path / "D")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "exists already" in again.stderr
+    assert "score/accuracy" in read_jsonl(tmp_path / "run" / "metrics.jsonl")[1] and "discriminator:" not in process.stdout
 
 
 @pytest.mark.parametrize("stop, flags", (
