@@ -15,7 +15,7 @@ Ours, where the paper (as far as it is known to us) leaves it open:
   Its value says nothing of how near the policy is; watch score/* and the norm of its gradient.
 - lambda_adv = 0.1, learning rates, batch, temperature 1, LoRA on a frozen backbone; the discriminators, see discriminator.py.
 - mu follows CHORD (2508.11408): peak 0.9 at once, cosine to 0.05, over two thirds of --steps (CHORD: 200 steps). So `a-chord` *is* `unified`; both
-  names are kept, as the paper reports both. --aggregate token divides L_GRPO by its tokens, as CHORD does; the default by samples, then by tokens.
+  names are kept, as the paper reports both. --aggregate token is CHORD's L_GRPO, a mean over tokens; the default is GRPO's, over samples' means.
 - One optimiser update for each rollout: GRPO's ratio is 1, so its clip never binds and there are no flags for it. No KL unless --kl-coef.
 - Imitation averages over all tokens of the step's expert answers (2604.23747) and is scored at temperature 1, as baselines.py sft.
 - At the switch of a staged pipeline the policy's AdamW moments are forgotten and the learning rate warms up again, at --switch-lr: stage 2 begins as
@@ -49,7 +49,7 @@ ANCHORED = ("unified", "a-chord", "a-sft", "a-grpo", "shaping")  # with a discri
 @dataclass
 class UniAPLConfig(Config):
     presets = {
-        "tiny": dict(lr=2e-3, discriminator_pairs=1024, discriminator_epochs=4, discriminator_lr=3e-3),
+        "tiny": dict(lr=2e-3, discriminator_pairs=512, discriminator_epochs=4, discriminator_lr=3e-3),
         "chat": dict(lr=1e-4, discriminator_pairs=256, discriminator_epochs=1, discriminator_lr=3e-4),
     }
     variant: str = setting("unified", "what to optimise, see VARIANTS in uniapl.py", choices=tuple(VARIANTS))
