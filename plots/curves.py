@@ -21,6 +21,7 @@ def draw_curves(lines, panels, path):
     for axis, (title, label, names) in zip(axes.flat, panels):
         for step in switches:
             axis.axvline(step, color="black", linestyle=":", linewidth=0.8)
+        axis.set_xlim(-0.03 * lines[-1]["step"], 1.03 * lines[-1]["step"])  # the same for what is logged in one stage only
         for name, colour in zip(names, COLOURS):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if not points:
@@ -31,7 +32,7 @@ def draw_curves(lines, panels, path):
                 ends = [[line[end] for line in lines if end in line] for end in ("eval/low", "eval/high")]
                 axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
                 axis.plot(x, y, "o-", color=colour, markersize=4, label="held-out, 95 % interval")
-            elif len(points) > 40:  # a step's noise behind its running mean
+            elif len(points) > 40 and name != "mu":  # a step's noise behind its running mean; mu is a schedule
                 axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
                 axis.plot(x, smooth(y), color=colour, label=short)
             else:
