@@ -102,6 +102,7 @@ class Trainer:
         )
         self.encode_all(wanted)
         self.params, self.param_groups = {}, []
+        self.kept = {}  # tensors of a method's own that its next steps depend on
         self.train_parameters(self.policy.trainable(), config.lr)
         self.tokens_generated = 0
         if method.setup:
@@ -140,7 +141,7 @@ class Trainer:
                     )
                 tokens += len(ids)
                 unknown += ids.count(policy.tokenizer.unk_token_id) if policy.tokenizer.unk_token_id is not None else 0
-                kept.append(record | {"prompt_ids": ids, **answers})
+                kept.append(record | {"prompt_ids": ids, "record_index": len(kept), **answers})
             if not kept:
                 raise UserError(f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-reference-tokens")
             setattr(self, part, kept)
@@ -166,7 +167,7 @@ class Trainer:
 
     def rewards(self, records, completions, truncated):
         """Rewards of one text for each record -> list[float]."""
-        skip = {"prompt", "prompt_ids", "reference_ids", "rejected_ids"}
+        skip = {"prompt", "prompt_ids", "reference_ids", "rejected_ids", "record_index"}
         names = {name for record in records for name in record} - skip
         columns = {name: [record.get(name) for record in records] for name in names} | {"truncated": truncated}
         return checked_rewards(self.reward_fn, [r["prompt"] for r in records], completions, columns)
@@ -254,7 +255,7 @@ class Trainer:
 
     def state(self):
         """Everything the next step depends on, as tensors, for one safetensors file."""
-        tensors = {"rng": torch.get_rng_state()}
+        tensors = {"rng": torch.get_rng_state()} | {f"kept/{name}": tensor for name, tensor in self.kept.items()}
         for name, p in self.params.items():
             tensors[f"param/{name}"] = p.detach()
             for key, value in self.optimizer.state.get(p, {}).items():
@@ -264,6 +265,7 @@ class Trainer:
     def load_state(self, tensors, meta):
         self.step, self.tokens_generated = meta["step"], meta["tokens_generated"]
         torch.set_rng_state(tensors["rng"])
+        self.kept = {k.removeprefix("kept/"): v.to(self.policy.device) for k, v in tensors.items() if k.startswith("kept/")}
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(tensors[f"param/{name}"])
