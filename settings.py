@@ -24,7 +24,7 @@ def setting(default, help, low=None, high=None, choices=None, above=None):
 
 # What a setting left at None becomes: by the model, because a model of 1.3 M parameters and a chat model differ in everything.
 PRESETS = {
-    "tiny": dict(quantize="nf4", steps=100, prompts_per_step=32, max_new_tokens=24, lr=1e-3, eval_prompts=256, eval_every=25),
+    "tiny": dict(quantize="nf4", steps=100, prompts_per_step=32, max_new_tokens=24, lr=1e-3, eval_prompts=1000, eval_every=25),
     "chat": dict(quantize=None, steps=200, prompts_per_step=4, max_new_tokens=128, lr=1e-4, eval_prompts=64, eval_every=50),
 }
 
