@@ -3,8 +3,7 @@
     python -m plots.sweep grpo --lrs 1e-4 3e-4 1e-3 --out plots/logs/sweep-grpo.json -- --model DIR --steps 20 --prompts-per-step 4
 
 Every method is measured the same way: the mean reward of one sample for each training prompt (at most 1000) after the run, with its 95 %
-interval.
-What follows `--` are the method's own flags. The JSON holds one line for each learning rate, and the command.
+interval. What follows `--` are the method's own flags. The JSON holds one line for each learning rate, and the command.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def train_reward(method, given, lr, folder):
     trainer = train.Trainer(method, check_settings(method.config(**given | {"from_adapter": str(path / "adapter")})))
     trainer.held_out = trainer.records[:MOST]
     measured = summary(trainer.evaluate())
-    return {"lr": lr, "prompts": len(trainer.records)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
+    return {"lr": lr, "prompts": len(trainer.held_out)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
 
 
 def main(argv):
