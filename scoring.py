@@ -164,6 +164,10 @@ class Pack:
         )
         self.targets = self.ids[0][self.c_index]  # (B*G, T)
 
+    def dense(self, x):
+        """One number for each completion token, in the order of `mask` -> (B, G, T), 0 elsewhere."""
+        return torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(self.mask, x).view(self.B, self.G, -1)
+
     def attend(self, layer, q, k, v, scaling):
         """q (1, H, N, d), k and v (1, K, N, d) -> (1, N, H, d): attention within each group, the prompt's part computed once."""
         repeat = q.shape[1] // k.shape[1]
