@@ -101,17 +101,16 @@ def limits(case, rates):
 # Cases
 
 
+def random_ids(model, rows, n, generator):
+    return torch.randint(10, min(1000, transformers.AutoConfig.from_pretrained(model).vocab_size), (rows, n), generator=generator).tolist()
+
+
 def make_case(method, model, prompts, group, tokens, **changes):
     """One case: token ids drawn at random, and the settings that both sides follow."""
     generator = torch.Generator().manual_seed(0)
-    most = min(1000, transformers.AutoConfig.from_pretrained(model).vocab_size)
-
-    def ids(n):
-        return torch.randint(10, most, (n,), generator=generator).tolist()
-
-    answers = {kind: [ids(tokens) for _ in range(prompts)] for kind in ("reference_ids", "rejected_ids")}
+    answers = {kind: random_ids(model, prompts, tokens, generator) for kind in ("reference_ids", "rejected_ids")}
     return dict(
-        method=method, model=model, prompts=[ids(PROMPT) for _ in range(prompts)], group=group, tokens=tokens, lr=LR, rank=RANK, dtype="bfloat16", quantize="none",
+        method=method, model=model, prompts=random_ids(model, prompts, PROMPT, generator), group=group, tokens=tokens, lr=LR, rank=RANK, dtype="bfloat16", quantize="none",
         device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads(), beta={"grpo": 0.04, "dpo": 0.1}.get(method, 0.0), checkpointing=False,
     ) | answers | changes  # fmt: skip
 
@@ -168,7 +167,7 @@ def same_loss(model, data, sides, group=4, tokens=16):
     """GRPO's loss and gradient on the same samples, adapter and precision (fp32) on both sides -> relative differences."""
     case = make_case("grpo", model, 2, group, tokens, data=data, dtype="float32")
     generator = torch.Generator().manual_seed(1)
-    completions = torch.randint(10, 900, (2 * group, tokens), generator=generator).tolist()
+    completions = random_ids(model, 2 * group, tokens, generator)
     advantages = torch.randn(2 * group, generator=generator).tolist()
     answers, gradients = {}, {}
     with tempfile.TemporaryDirectory() as folder:
