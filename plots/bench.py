@@ -6,7 +6,7 @@
 
 TRL 1.16 wants an environment of its own (`python -m venv TRL && TRL/bin/pip install -r requirements.txt trl==1.16`); without one our side is measured alone.
 Both sides get the same model, token ids, group size, lengths (forced: no token ends an answer), LoRA rank and targets, precision, threads, loss
-(GRPO: DAPO's token mean, k3 with beta 0.04; DPO: beta 0.1) and number of micro-batches they choose themselves. Each side of each case is a process
+(GRPO: DAPO's token mean, ratio * k3 with beta 0.04; DPO: beta 0.1). Each side of each case is a process
 of its own, both alive, taking turns step by step after a first step that does not count; the peak is the process's, loading included.
 
 The limit. `machine` measures a bf16 product of 2048 x 2048 matrices (FLOP/s, 2 per multiply-add) and a copy (bytes read and written per second).
@@ -289,10 +289,10 @@ def trl_python(given):
 
 def bench(args, folder):
     start, cores = time.time(), os.cpu_count()
+    python = trl_python(args.trl_python)
     load = os.getloadavg()[0]
     if load > 0.5:
         print(f"note: the machine is busy (load {load:.1f} on {cores} cores): these numbers are indicative only", file=sys.stderr)
-    python = trl_python(args.trl_python)
     sides = {"ours": (sys.executable, "bench_ours")} | ({"TRL": (python, "bench_trl")} if python else {})
     ours = {"ours": sides["ours"]}
     tiny = find_model("tiny")

@@ -20,7 +20,7 @@ class Ours:
         torch.set_num_threads(case["threads"])
         name = case["method"]
         method = METHODS[name]
-        theirs = {"grpo": dict(kl="k3", kl_coef=case["beta"], aggregate="token"), "dpo": dict(beta=case["beta"])}  # TRL's losses
+        theirs = {"grpo": dict(kl="k3_ratio", kl_coef=case["beta"], aggregate="token"), "dpo": dict(beta=case["beta"])}  # TRL's losses
         config = check_settings(method.config(
             model=case["model"], data=case["data"], steps=10**6, prompts_per_step=len(case["prompts"]), group_size=max(2, case["group"]),
             max_new_tokens=case["tokens"], lr=case["lr"], lora_rank=case["rank"], lora_alpha=2 * case["rank"], weight_decay=0.0, warmup_steps=0,
