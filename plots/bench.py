@@ -46,6 +46,7 @@ from sampling import Sampler
 
 PROMPT, RANK, LR = 37, 16, 1e-5
 PHASES = ("rollout", "scoring", "update")
+PARTS = "loss,grpo,qwen3,sft,dpo,scaling,head,memory"  # of a whole run
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -125,6 +126,8 @@ def compare(name, case, sides, repeats, rates, warm=1):
     steps = {side: [] for side in sides}
     with ExitStack() as stack:
         workers = {side: stack.enter_context(Worker(python, module, case)) for side, (python, module) in sides.items()}
+        for worker in workers.values():
+            worker.wait_until_ready()
         for i in range(warm + repeats):
             for side, worker in workers.items():
                 step = worker.call("step")
@@ -308,7 +311,7 @@ def bench(args, folder):
     narrow = dict(QWEN3, num_hidden_layers=2, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
 
     def due(name):
-        return not args.only or name in args.only.split(",")
+        return name in (args.only or PARTS).split(",")
 
     rates = machine(args.quick)
     result = {
@@ -360,7 +363,7 @@ def main(argv=None):
     parser.add_argument("--model", help="directory, hub name or .gguf of the chat model")
     parser.add_argument("--trl-python", help="the python of an environment with trl 1.16 [MINIGRAO_TRL_PYTHON, else this one]")
     parser.add_argument("--repeats", type=int, default=3, help="steps of each side of a case [3]")
-    parser.add_argument("--only", help="parts, with commas: loss,grpo,checkpointing,qwen3,sft,dpo,scaling,sampling,head,memory")
+    parser.add_argument("--only", help=f"parts, with commas [{PARTS}], or also checkpointing (2 x 8 with it on both sides), sampling (beside generate)")
     parser.add_argument("--quick", action="store_true", help="the embedded model, small sizes, one repeat: does it run?")
     parser.add_argument("--out", help="write the numbers here as JSON")
     args = parser.parse_args(argv)

@@ -60,23 +60,34 @@ class Worker:
         self.process = subprocess.Popen(
             [python, "-m", f"plots.{module}"], cwd=ROOT, env=os.environ | threads | quiet, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
         )
-        self.ask(case)
+        self.send(case)
+        self.ready = False
 
-    def ask(self, request):
+    def send(self, request):
         try:
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            answer = self.process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        answer = json.loads(answer) if answer else {"error": "it ended"}
+        except BrokenPipeError:  # it has ended; what it said is in the log
+            pass
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "it ended"}
         if "error" in answer:
             self.log.seek(0)
             last = "\n".join(self.log.read().splitlines()[-8:])
             raise RuntimeError(f"plots.{self.module}: {answer['error']}\n{last}")
         return answer
 
+    def wait_until_ready(self):
+        """Loaded: several workers load at the same time, and none while another one takes a step."""
+        if not self.ready:
+            self.answer()
+            self.ready = True
+
     def call(self, method, **arguments):
-        return self.ask({"call": method, "with": arguments})
+        self.wait_until_ready()
+        self.send({"call": method, "with": arguments})
+        return self.answer()
 
     def __enter__(self):
         return self
