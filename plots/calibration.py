@@ -19,8 +19,8 @@ def draw_calibration(info, history, path):
         bins = m["calibration"]["bins"]
         axes[0].plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "-", color=colour, label=f"{name}\nECE {m['calibration']['ece']:.3f}")
         axes[0].scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], [8 + 150 * b["n"] / m["pairs"] for b in bins], color=colour)
-        middle = [(b["from"] + b["to"]) / 2 for b in m["by_length"]]
-        axes[1].plot(middle, [b["accuracy"] for b in m["by_length"]], "o-", color=colour, markersize=4, label=f"{name}\nprefers the longer: {m['prefers_longer']:.2f}")
+        points = [((b["from"] + b["to"]) / 2, b["accuracy"]) for b in m["by_length"]]
+        axes[1].plot(*zip(*points), "o-", color=colour, markersize=4, label=f"{name}\nprefers the longer: {m['prefers_longer']:.2f}")
     axes[0].plot([0.5, 1], [0.5, 1], ":", color="grey")
     axes[0].set(title="Reliability (area: pairs)", xlabel="sigmoid |score difference|", ylabel="share that is right")
     axes[1].axhline(0.5, linestyle=":", color="grey")
