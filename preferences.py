@@ -207,7 +207,7 @@ def report_pairs(name, m):
     rows = [("this reward model", m["accuracy"], m["interval"]), ("the longer one wins (tokens)", m["longer_wins"], m["longer_wins_interval"])]
     text += f"  {'accuracy [95 % interval]':<34}\n"
     text += "".join(f"    {label:<32}{value:.3f} [{low:.3f}, {high:.3f}]\n" for label, value, (low, high) in rows) + f"    {'random':<32}0.500\n"
-    text += f"  prefers the longer answer of a pair: {m['prefers_longer']:.3f}; correlation of score and length: {m['correlation_with_length']:+.2f}\n"
+    text += f"  prefers the longer answer of a pair: {m['prefers_longer']:.3f}; score and length differences correlate: {m['correlation_with_length']:+.2f}\n"
     bins = ", ".join(f"{b['from']}..{b['to']}: {b['accuracy']:.2f} ({b['n']})" for b in m["by_length"])
     text += f"  accuracy by tokens(chosen) - tokens(rejected): {bins}\n"
     text += f"  expected calibration error {m['calibration']['ece']:.3f}; scores (mean, deviation): chosen {m['chosen_mean']:.2f}, {m['chosen_std']:.2f}; "
