@@ -10,7 +10,8 @@ Deviations from the paper, and choices where it leaves one:
   takes mean and deviation over the G + 1 members, `samples` over the G samples. When all samples tie, "samples" has no scale, so all
   advantages of that prompt are 0 and nothing is learnt from it, reference included; "with_reference" still imitates a better y.
 - sigma_r is the population standard deviation, with eps = 1e-6 beside it; a group whose rewards all tie has advantages of exactly 0.
-- R(o, y) here is an absolute reward (a verifier) of o, and R(y, y) that of y. Under the paper's pairwise judge R(y, y) = 0.
+- R(o, y) here is an absolute reward of o (a verifier, a reward model), and R(y, y) that of y. With `--reward pairwise:DIR` or `judge:MODEL`
+  it is the paper's comparison with y, in {+1, 0, -1}, and R(y, y) = 0.
 - The policy is a LoRA adapter on a frozen, possibly 4-bit backbone, so learning rates are 10 to 1000 times the paper's 1e-6.
 - Samples are drawn at temperature 1, not 0.7, and batches are small; --temperature and --prompts-per-step set both.
 """
