@@ -22,12 +22,15 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, load_records
-from models import first_line
+from models import first_line, trim_memory
 from plots.curves import draw_curves
 from policy import Policy
 from record import RunFolder, peak_memory, read_jsonl, report, summary
 from reward import checked_rewards, load_model_reward, verifier
 from settings import check_settings, parse
+
+
+TRIM_EVERY = 10  # steps; at every step it would cost a tiny model a fifth of its time
 
 
 class Sums:
@@ -365,6 +368,8 @@ def run(method, given, reward_fn=None):
                 if due:
                     after = trainer.evaluate()
                     metrics |= evaluation(after)
+                if trainer.step % TRIM_EVERY == 0:
+                    trim_memory()
                 folder.log({"step": trainer.step} | metrics)
                 bar.set_postfix_str(postfix(metrics))
                 bar.update()
