@@ -285,7 +285,7 @@ def flat(x):  # (B, G, T) -> (N, T), the shape of the losses
 
 @dataclass
 class SFTConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, steps=300), "chat": dict(lr=1e-4)}
+    presets = {"tiny": dict(lr=1e-3, steps=400), "chat": dict(lr=1e-4)}
     per_response: bool = setting(False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens")
 
 
@@ -306,7 +306,7 @@ def sft_update(trainer, records):
 
 @dataclass
 class DPOConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, beta=0.5), "chat": dict(lr=1e-4, beta=0.1)}
+    presets = {"tiny": dict(lr=1e-3, beta=0.5, steps=200), "chat": dict(lr=1e-4, beta=0.1)}
     beta: float = setting(None, "how firmly the reference holds the policy", above=0, high=100)
     label_smoothing: float = setting(0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5)
 
