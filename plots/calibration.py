@@ -14,7 +14,7 @@ from plots.curves import COLOURS
 
 def draw_calibration(info, history, path):
     """Reliability, accuracy by length, and training, written whole. info: reward_model.json; history: lines of metrics.jsonl."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), constrained_layout=True)
     for (name, m), colour in zip(info["evaluation"].items(), COLOURS):
         bins = m["calibration"]["bins"]
         axes[0].plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "-", color=colour, label=f"{name}\nECE {m['calibration']['ece']:.3f}")
@@ -35,7 +35,7 @@ def draw_calibration(info, history, path):
     axes[2].set(title="Training", xlabel="step")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: the lines use all of the panel
     tmp = path.with_name(f".{path.stem}.tmp.png")
     try:
         figure.savefig(tmp, dpi=110)
