@@ -341,7 +341,7 @@ def run(method, given, reward_fn=None):
         if trainer.step >= config.steps:
             raise UserError(f"--resume: {folder.path} has finished its {config.steps} steps; go on from it with --from-adapter {folder.path}/adapter")
         before = [s for s in read_jsonl(folder.samples) if s["step"] == 0]
-    count = sum(p.numel() for p in trainer.params.values())
+    count = sum(p.numel() for p in trainer.params.values() if p.requires_grad)
     print(
         f"{method.name} · {config.model} · {config.quantize if config.quantize == 'nf4' else str(policy.dtype).split('.')[-1]} on {policy.device} · "
         f"LoRA rank {config.lora_rank}, {count / 1e6:.2f} M trained · {len(trainer.records)} training and {len(trainer.held_out)} held-out prompts"
@@ -401,10 +401,15 @@ def postfix(metrics):
 
 def main(method, argv=None, reward_fn=None, description=""):
     """The command line of a method -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
+    return exit_status(lambda: run(method, parse(method.config, argv, description), reward_fn))
+
+
+def exit_status(work):
+    """Call work() -> 0, or 130 if it returns None because it was stopped; what a user can mend becomes one line on stderr and 2."""
     warnings.filterwarnings("once", category=UserWarning)
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
-        return 0 if run(method, parse(method.config, argv, description), reward_fn) else 130
+        return 130 if work() is None else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except (OSError, safetensors.SafetensorError) as error:
