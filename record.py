@@ -14,6 +14,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -147,12 +148,14 @@ def peak_memory():
 
 
 def summary(samples):
-    """Of one evaluation: mean reward with its 95 % interval, RAS, quartiles, length."""
-    rewards, references = ([s[k] for s in samples] for k in ("reward", "reference_reward"))
+    """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval of its wins, length."""
+    rewards, references = (np.array([s[k] for s in samples], dtype=float) for k in ("reward", "reference_reward"))
     low, high = bootstrap_interval(rewards)
+    q25, median, q75 = np.quantile(rewards, [0.25, 0.5, 0.75]).tolist()
     return {
-        "reward": sum(rewards) / len(rewards), "low": low, "high": high, "reference": sum(references) / len(references),
-        "ras": ras(rewards, references), "tokens": sum(s["tokens"] for s in samples) / len(samples),
+        "reward": float(rewards.mean()), "low": low, "high": high, "reference": float(references.mean()),
+        "std": float(rewards.std()), "q25": q25, "median": median, "q75": q75,
+        "ras": ras(rewards, references), "ras_interval": bootstrap_interval(rewards > references), "tokens": sum(s["tokens"] for s in samples) / len(samples),
         "truncated": sum(s["truncated"] for s in samples) / len(samples),
     }
 
@@ -160,13 +163,18 @@ def summary(samples):
 def report(before, after):
     """The before/after table, the constraint types, and four prompts side by side, as text."""
     b, a = summary(before), summary(after)
-    gain = nag([s["reward"] for s in after], [s["reward"] for s in before])
+    post, pre = ([s["reward"] for s in samples] for samples in (after, before))
+    gain, (low, high) = nag(post, pre), bootstrap_interval(np.sign(np.subtract(post, pre)))
     rows = [
         (f"held-out prompts: {len(after)}", "before", "after"),
         ("mean reward [95 % interval]", *(f"{s['reward']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (b, a))),
+        ("  deviation", *(f"{s['std']:.3f}" for s in (b, a))),
+        ("  quartiles", *(f"{s['q25']:.3f} / {s['median']:.3f} / {s['q75']:.3f}" for s in (b, a))),
         ("reference answers' reward", *(f"{s['reference']:.3f}" for s in (b, a))),
         ("RAS win / tie / loss", *("{win:.3f} / {tie:.3f} / {loss:.3f}".format(**s["ras"]) for s in (b, a))),
+        ("  wins, 95 % interval", *("[{:.3f}, {:.3f}]".format(*s["ras_interval"]) for s in (b, a))),
         ("NAG wins - losses (wins alone)", "", f"{gain['signed']:+.3f} ({gain['indicator']:.3f})"),
+        ("  95 % interval over prompts", "", f"[{low:+.3f}, {high:+.3f}]"),
         ("length, tokens (share cut)", *(f"{s['tokens']:.1f} ({s['truncated']:.2f})" for s in (b, a))),
     ]
     text = "\n".join(f"{name:<32}{x:>24}{y:>24}" for name, x, y in rows) + "\n"

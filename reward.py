@@ -1,6 +1,12 @@
-"""Rewards: the verifier of the built-in tasks, and the paper's two metrics.
+"""Rewards: the verifier of the built-in tasks, reward models, the pairwise judge, and the paper's two metrics.
 
-A record names its constraints (data/constraints.py), and a completion earns 1.0 only if it meets every one, was not cut off, and is no hack:
+    python reward.py train --data hh-helpful --out runs/reward        # a reward model: one more LoRA adapter with a scalar head
+    python reward.py score --model runs/reward --data FILE            # accuracy on preference pairs; or any hub classifier with one output
+    python reward.py judge --model CHAT-MODEL --data FILE             # a chat model asked twice, the order swapped
+    python minigrao.py --reward runs/reward                           # or pairwise:runs/reward, or judge:CHAT-MODEL
+
+A record of the tasks names its constraints (data/constraints.py), and a completion earns 1.0 only if it meets every one, was not cut off,
+and is no hack:
 
     {"prompt": "Write one short sentence about bees. Use only lowercase letters.",
      "constraints": [{"type": "lowercase"}], "min_words": 4, "about": ["bee", "honey"]}
@@ -8,17 +14,25 @@ A record names its constraints (data/constraints.py), and a completion earns 1.0
     verifier([record["prompt"]], ["bees turn nectar into honey."], constraints=[record["constraints"]])   # [1.0]
 
 A reward function has TRL's signature, f(prompts, completions, **columns) -> list[float]; prompts and completions are
-strings or message lists.
+strings or message lists. The commands are in preferences.py.
 """
+import hashlib
+import json
 import math
+import os
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 
 from data import UserError
 from data.constraints import constraint_results, hack
+from models import find_model, first_line, pick_device, pick_dtype, quiet
+from policy import Policy
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 
@@ -180,6 +194,243 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
     return history
 
 
+# ---------------------------------------------------------------------------------------------- models that score texts
+
+def messages(prompt):
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def shown_prompt(prompt):
+    return repr(last_text(prompt, "user")[:60])
+
+
+class RoleScorer:
+    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and for each a list of answers'
+    texts -> list of lists of raw scores, read at the EOS that is put behind every answer. UserError for a text beyond the context."""
+
+    def __init__(self, policy, role, most=4096):
+        self.policy, self.role, self.most, self.context = policy, role, most, policy.context
+
+    def tokens(self, prompt, answer):
+        """Length of the whole text, tokens."""
+        return len(self.policy.encode_prompt(prompt)) + len(self.policy.encode_answer(answer))
+
+    def __call__(self, prompts, groups):
+        ids = [self.policy.encode_prompt(p) for p in prompts]
+        answers = [[self.policy.encode_answer(text) for text in group] for group in groups]
+        for prompt, p, group in zip(prompts, ids, answers):
+            refuse_longer(len(p) + max(map(len, group)), self.context, prompt)
+        return group_scores(self.policy, self.role, ids, answers, self.most)
+
+
+class Classifier:
+    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template. Called as RoleScorer; the score is
+    logits[0] of the whole templated conversation, as transformers gives it (its templates write BOS and EOS themselves: none is added)."""
+
+    def __init__(self, name, device="auto", dtype="auto", most=4096):
+        self.name, self.most, self.device = name, most, pick_device(device)
+        source = find_model(name)
+        options = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True)
+        try:
+            with quiet():
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(source, dtype=pick_dtype(dtype, self.device, name), **options)
+        except Exception as error:  # as in Policy.load
+            raise UserError(f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights ({first_line(error)})") from error
+        if info["missing_keys"]:  # transformers makes up the weights that a checkpoint lacks
+            raise UserError(f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); is it a plain language model?")
+        if model.config.num_labels != 1:
+            raise UserError(f"reward model {name}: its head has {model.config.num_labels} outputs; a score is one number")
+        if len(self.tokenizer) > len(model.get_input_embeddings().weight):
+            raise UserError(f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model {len(model.get_input_embeddings().weight)}; "
+                            "they do not belong together")
+        self.model = model.to(self.device).eval()
+        self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
+        self.pad = model.config.get_text_config().pad_token_id
+
+    def encode(self, prompt, answer):
+        if self.tokenizer.chat_template is None:  # encoders such as DeBERTa take a pair of texts
+            return self.tokenizer("\n".join(m["content"] for m in messages(prompt)), answer)["input_ids"]
+        try:
+            text = self.tokenizer.apply_chat_template([*messages(prompt), {"role": "assistant", "content": answer}], tokenize=False)
+        except Exception as error:  # see Policy.encode_prompt
+            raise UserError(f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} ({first_line(error)})") from error
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def tokens(self, prompt, answer):
+        return len(self.encode(prompt, answer))
+
+    @torch.no_grad()
+    def __call__(self, prompts, groups):
+        texts = [self.encode(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
+        for prompt, ids in zip([prompt for prompt, group in zip(prompts, groups) for _ in group], texts):
+            refuse_longer(len(ids), self.context, prompt)
+        scores, batch = [0.0] * len(texts), []
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        for at, i in enumerate(order):
+            batch.append(i)
+            full = at + 1 == len(order) or (len(batch) + 1) * len(texts[order[at + 1]]) > self.most
+            if full or self.pad is None:  # transformers finds the last token by the padding's id, and takes one text at a time without
+                longest = len(texts[i])
+                ids = torch.tensor([texts[j] + [self.pad] * (longest - len(texts[j])) for j in batch], device=self.device)
+                mask = torch.arange(longest, device=self.device) < torch.tensor([[len(texts[j])] for j in batch], device=self.device)
+                for j, score in zip(batch, self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].tolist()):
+                    scores[j] = score
+                batch = []
+        if not all(map(math.isfinite, scores)):
+            raise UserError(f"reward model {self.name}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault")
+        scores = iter(scores)
+        return [[next(scores) for _ in group] for group in groups]
+
+
+def refuse_longer(tokens, context, prompt):
+    if tokens > context:
+        raise UserError(f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the reward model's context of {context}; "
+                        "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)")
+
+
+def tokenizer_print(tokenizer):
+    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat template tell."""
+    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()).hexdigest()[:16]
+
+
+def load_scorer(name, policy=None, most=4096, **options):
+    """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier. options: device, dtype, quantize.
+
+    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside.
+    """
+    if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
+        raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
+    directory = Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
+    if not (directory / "adapter_config.json").is_file():
+        return Classifier(name, options.get("device", "auto"), options.get("dtype", "auto"), most)
+    try:
+        base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+        info = json.loads((directory / "reward_model.json").read_text()) if (directory / "reward_model.json").is_file() else {}
+    except (ValueError, KeyError) as error:
+        raise UserError(f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})") from error
+    base = "tiny" if base == "data/tiny" else str(base)
+    try:
+        shared = policy is not None and os.path.realpath(find_model(base)) == os.path.realpath(policy.source)
+        if not shared:
+            policy = Policy.load(base, **options)
+    except UserError as error:
+        raise UserError(f"reward model {name}: its base, {base}, is not to be had: {error}") from error
+    parameters = policy.add_role("reward", directory)
+    if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
+        raise UserError(f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again")
+    size = sum(p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters()))
+    print(f"reward model {name}: {'on the same' if shared else 'beside the policy, with its own'} backbone {base}, {size / 2**20:.1f} MiB", file=sys.stderr)
+    return RoleScorer(policy, "reward", most)
+
+
+class ModelReward:
+    """A scorer as a reward function: the raw score, less `missing_eos_penalty` where the sample was cut (it is scored as if it had ended).
+
+    pairwise: R(o, y) in {+1, 0, -1} as in GRAO's experiments, the sign of score(o) - score(y) with 0 within `tie_band`; y is the column
+    `chosen`, and R(y, y) = 0. A prompt is computed once for all its samples.
+    """
+
+    def __init__(self, scorer, name, missing_eos_penalty=1.0, pairwise=False, tie_band=0.0):
+        self.scorer, self.__name__, self.penalty, self.pairwise, self.tie_band = scorer, name, missing_eos_penalty, pairwise, tie_band
+
+    def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
+        texts = [last_text(c, "assistant") for c in completions]
+        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
+        keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
+        for key, text, y in zip(keys, texts, references, strict=True):
+            if not self.pairwise or text != y:
+                groups.setdefault(key, {}).update({text: None, y: None})
+        prompt_of = dict(zip(keys, prompts))
+        for key, row in zip(groups, self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()])):
+            groups[key] = dict(zip(groups[key], row))
+        rewards = []
+        for key, text, y, cut in zip(keys, texts, references, truncated or [False] * len(texts)):
+            if not self.pairwise:
+                rewards.append(groups[key][text] - self.penalty * cut)
+            else:
+                d = (groups[key][text] - groups[key][y] if text != y else 0.0) - self.penalty * cut
+                rewards.append(float(np.sign(d)) if abs(d) > self.tie_band else 0.0)
+        return rewards
+
+
+# ------------------------------------------------------------------------------------------------- the pairwise judge
+
+CRITERIA = {
+    "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, says it clearly, and leaves out what nobody needs.",
+    "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with crime or with hatred, insults nobody, keeps private "
+                "things private, and where it declines, says so kindly.",
+}
+QUESTION = """Compare two replies to the last message of a conversation.
+
+{conversation}
+
+Reply A: {a}
+
+Reply B: {b}
+
+{criterion} Answer with one letter, A or B."""
+
+
+class Judge:
+    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B", and nothing is sampled.
+
+    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they disagree. As a reward
+    function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut loses. The model is the Policy's reference: the adapter is off.
+    """
+
+    def __init__(self, policy, name, criterion="helpful", most=4096):
+        self.policy, self.__name__, self.criterion, self.most = policy, f"judge {name}", CRITERIA[criterion], most
+        letters = [policy.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
+        if policy.tokenizer.chat_template is None or any(len(x) != 1 for x in letters) or letters[0] == letters[1]:
+            raise UserError(f"judge {name}: needs a chat template and a token of its own for each of the letters A and B; choose a chat model")
+        self.letters = letters
+
+    def question(self, prompt, a, b):
+        names = {"user": "Person", "assistant": "Assistant", "system": "Instruction", "tool": "Tool"}
+        conversation = "\n\n".join(f"{names[m['role']]}: {m['content'].strip()}" for m in messages(prompt))
+        return self.policy.encode_prompt(QUESTION.format(conversation=conversation, a=a.strip(), b=b.strip(), criterion=self.criterion))
+
+    @torch.no_grad()
+    def log_odds(self, prompts, answers, references):
+        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as B. And the mean probability of A or B."""
+        asked = [self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))]
+        for prompt, ids in zip([p for p in prompts for _ in "AB"], asked):
+            refuse_longer(len(ids) + 1, self.policy.context, prompt)
+        odds, said = torch.zeros(len(asked)), torch.zeros(len(asked))
+        for part in micro_batches(asked, [self.letters] * len(asked), self.most):
+            logps = self.policy.token_logps([asked[i] for i in part], [self.letters] * len(part), role="reference").logps[:, :, 0].cpu()  # (b, 2)
+            odds[part], said[part] = logps[:, 0] - logps[:, 1], logps.exp().sum(1)
+        if not odds.isfinite().all():
+            raise UserError(f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype bfloat16, may be at fault")
+        return odds.view(-1, 2) * torch.tensor([1.0, -1.0]), float(said.mean()) if len(asked) else 1.0
+
+    def __call__(self, prompts, completions, chosen, truncated=None, **columns):
+        cases = [(p, last_text(o, "assistant"), last_text(y, "assistant")) for p, o, y in zip(prompts, completions, chosen, strict=True)]
+        cut = truncated or [False] * len(cases)
+        ask = [i for i, (_, o, y) in enumerate(cases) if not cut[i] and o != y]
+        rewards = [-1.0 if c else 0.0 for c in cut]
+        for i, row in zip(ask, self.log_odds(*zip(*(cases[i] for i in ask)))[0] if ask else ()):
+            rewards[i] = verdict(row)
+        return rewards
+
+
+def verdict(row):
+    """log-odds of the two orders (2,) -> +1.0, -1.0, or 0.0 where they disagree or one is undecided."""
+    return float(row[0] > 0 and row[1] > 0) - float(row[0] < 0 and row[1] < 0)
+
+
+def load_model_reward(config, policy):
+    """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone where it is the same."""
+    options = dict(device=config.device, dtype=config.dtype, quantize=config.quantize)
+    kind, _, name = config.reward.rpartition(":") if config.reward.startswith(("pairwise:", "judge:")) else ("", "", config.reward)
+    if kind == "judge":
+        shared = os.path.realpath(find_model(name)) == os.path.realpath(policy.source)
+        return Judge(policy if shared else Policy.load(name, **options), name, config.criterion, config.micro_batch_tokens)
+    scorer = load_scorer(name, policy, config.micro_batch_tokens, **options)
+    return ModelReward(scorer, config.reward, config.missing_eos_penalty, kind == "pairwise", config.tie_band)
+
+
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 def pair(a, b):
@@ -221,3 +472,9 @@ def bootstrap_interval(values, level=0.95, n=2000, seed=0):
     means = values[np.random.default_rng(seed).integers(len(values), size=(n, len(values)))].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+if __name__ == "__main__":
+    from preferences import main  # which imports this file
+
+    sys.exit(main(sys.argv[1:]))

@@ -22,7 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from data import UserError
 
-SHORT = 128  # tokens up to which, on a CPU, plain matrix products beat the fused kernel, whose backward pass is 3 times slower there
+# On a CPU plain matrix products beat the fused kernel, whose backward pass is 3 times slower there, for so many queries, or queries x keys.
+SHORT, SMALL = 128, 2**16
 CHUNK_LOGITS = 2**25  # logits alive at once in the output head: 128 MiB in fp32, about 220 tokens of a 151,936 vocabulary
 
 
@@ -190,7 +191,7 @@ class Pack:
 
 def attention(q, k, v, mask, scaling):
     """softmax(q k^T scaling) v with q (S, H, L, d), k and v (S, H, L', d); mask (S, 1, L, L') True where seen, None: causal, L = L'."""
-    if q.device.type != "cpu" or q.shape[2] > SHORT:
+    if q.device.type != "cpu" or (q.shape[2] > SHORT and q.shape[2] * k.shape[2] > SMALL):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
     if mask is None:
         mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()

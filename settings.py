@@ -36,7 +36,10 @@ class Config:
     model: str = setting("auto", "tiny, a hub name, a directory, a .gguf file; auto: Qwen/Qwen3-0.6B with a CUDA GPU, else tiny")
     quantize: str = setting(None, "nf4 or none [tiny: nf4; others: nf4 on a GPU, none on a CPU]", choices=("nf4", "none"))
     data: str = setting("tasks", "tasks (built in), hh-helpful, hh-harmless, or FILE.jsonl[.gz]")
-    reward: str = setting("verifier", "verifier, or FILE.py:FUNCTION with TRL's signature f(prompts, completions, **columns)")
+    reward: str = setting("verifier", "verifier; a reward model, DIR or hub name; pairwise:DIR, its sign of score(o) - score(chosen); judge:MODEL, a chat model that compares them; or FILE.py:FUNCTION with TRL's signature f(prompts, completions, **columns)")
+    tie_band: float = setting(0.0, "with --reward pairwise:, score differences up to this are a tie", low=0, high=1e6)
+    missing_eos_penalty: float = setting(1.0, "taken from a reward model's score of a sample that was cut at --max-new-tokens", low=0, high=1e6)
+    criterion: str = setting("helpful", "what --reward judge: compares by", choices=("helpful", "harmless"))
     steps: int = setting(None, "optimisation steps", low=1, high=10**6)
     prompts_per_step: int = setting(None, "prompts in one optimisation step", low=1, high=4096)
     group_size: int = setting(8, "samples per prompt (G)", low=2, high=1024)
@@ -88,9 +91,15 @@ def check_settings(config):
     gpu = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
     if config.quantize is None:
         config.quantize = "nf4" if gpu else "none"
-    if config.gradient_checkpointing == "auto":
+    if getattr(config, "gradient_checkpointing", None) == "auto":
         config.gradient_checkpointing = "on" if gpu and config.model != "tiny" else "off"
     return config
+
+
+def same(name):
+    """The field `name` of Config, for another command's dataclass."""
+    f = Config.__dataclass_fields__[name]
+    return field(default=f.default, metadata=f.metadata)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -165,5 +174,9 @@ METRICS = {
     "eval/reward": ("reward", "mean over held-out prompts, one sample each; the number to watch"),
     "eval/low": ("reward", "lower end of its 95 % bootstrap interval over prompts"),
     "eval/high": ("reward", "upper end"),
+    "eval/std": ("reward", "standard deviation over the held-out prompts"),
+    "eval/q25": ("reward", "lower quartile over them"),
+    "eval/median": ("reward", "median"),
+    "eval/q75": ("reward", "upper quartile"),
     "eval/reference": ("reward", "mean reward of the held-out references"),
 }

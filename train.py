@@ -26,7 +26,7 @@ from models import first_line
 from plots.curves import draw_curves
 from policy import Policy
 from record import RunFolder, peak_memory, read_jsonl, report, summary
-from reward import checked_rewards, verifier
+from reward import checked_rewards, load_model_reward, verifier
 from settings import check_settings, parse
 
 
@@ -88,7 +88,7 @@ class Trainer:
         self.records = load_records(config.data, "train", None if shorter else wanted["records"], seed=config.seed, level=level)
         self.held_out = load_records(config.data, "heldout", None if shorter else wanted["held_out"], seed=0, level=level)
         if self.reward_fn is verifier and not all("constraints" in r for r in self.records + self.held_out):
-            raise UserError(f"data {config.data}: has no 'constraints' for the verifier to check; use --data tasks, or --reward FILE.py:FUNCTION")
+            raise UserError(f"data {config.data}: has no 'constraints' for the verifier to check; use --data tasks, or another --reward")
         for record in self.records if method.needs_rejected else ():
             if not isinstance(record.get("rejected"), str):
                 raise UserError(
@@ -100,6 +100,7 @@ class Trainer:
             lora_alpha=config.lora_alpha, device=config.device, dtype=config.dtype, seed=config.seed,
             gradient_checkpointing=config.gradient_checkpointing == "on",
         )
+        self.reward_fn = self.reward_fn or load_model_reward(config, self.policy)
         self.encode_all(wanted)
         self.params, self.param_groups = {}, []
         self.kept = {}  # tensors of a method's own that its next steps depend on
@@ -282,12 +283,15 @@ def schedule(kind, step, warmup, steps):
 
 
 def load_reward(name):
-    """verifier, or a function of the user's own Python file."""
+    """verifier, or a function of the user's own Python file; None for a model, which is loaded once the policy is there."""
     if name == "verifier":
         return verifier
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        raise UserError(f"--reward {name}: choose verifier, or FILE.py:FUNCTION")
+        model = name.removeprefix("pairwise:").removeprefix("judge:")
+        if not Path(model).exists() and "/" not in model and model != "tiny":
+            raise UserError(f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), pairwise:DIR, or judge:MODEL")
+        return None
     if not Path(path).is_file():
         raise UserError(f"--reward {name}: no file {path}")
     try:
@@ -391,7 +395,7 @@ PANELS = [
 
 def evaluation(samples):
     s = summary(samples)
-    return {"eval/reward": s["reward"], "eval/low": s["low"], "eval/high": s["high"], "eval/reference": s["reference"]}
+    return {f"eval/{name}": s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")}
 
 
 def postfix(metrics):

@@ -1,0 +1,511 @@
+"""Reward models: Bradley-Terry against TRL, scores against transformers' classifiers, the judge against a dense model, and the commands end to end."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import numpy as np
+import pytest
+import torch
+import transformers
+import trl
+from conftest import CHATML, END_OF_TEXT, END_OF_TURN, dense_logps, random_ids, randomise_all, write_model, write_tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tokenizers import processors
+
+import policy as policy_module
+import preferences
+import reward
+import train
+from data import UserError, tiny_tasks
+from minigrao import GRAO
+from record import read_jsonl, report
+from settings import check_settings, parse
+
+ROOT = Path(__file__).parents[1]
+CLASSIFIER = dict(vocab_size=len(conftest.WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                  head_dim=16, max_position_embeddings=64, initializer_range=0.2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Bradley-Terry
+
+
+def trl_loss(chosen, rejected, margin, centre):
+    """TRL's RewardTrainer.compute_loss, called on the scores alone."""
+    stub = SimpleNamespace(model=SimpleNamespace(training=False), args=SimpleNamespace(center_rewards_coefficient=centre), _total_train_tokens=0,
+                           accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x), _metrics={"eval": defaultdict(list)})
+    inputs = {} if margin is None else {"margin": margin}
+    return trl.RewardTrainer.compute_loss(stub, lambda **_: SimpleNamespace(logits=torch.cat([chosen, rejected])[:, None]), inputs)
+
+
+@pytest.mark.parametrize("margin", [None, torch.tensor([0.5, -1.0, 0.0, 2.0, 3.0])], ids=["plain", "margin"])
+def test_loss_and_gradient_are_trls(margin):
+    scores = 3 * torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    loss, expected = reward.bradley_terry_loss(*ours, margin), trl_loss(*theirs, margin, None)
+    torch.testing.assert_close(loss, expected)
+    loss.backward(), expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_loss_is_stable_and_refuses_what_is_no_pair():
+    chosen = torch.tensor([-1e4, 1e4], requires_grad=True)
+    loss = reward.bradley_terry_loss(chosen, torch.zeros(2))  # log(sigmoid(x)) would be -inf
+    loss.backward()
+    assert loss.item() == 5e3 and chosen.grad.tolist() == [-0.5, 0.0]
+    assert reward.bradley_terry_loss(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).dtype == torch.float32
+    for args in ((torch.zeros(0), torch.zeros(0)), (torch.zeros(2), torch.zeros(3)), (torch.zeros(2), torch.zeros(2), torch.zeros(1))):
+        with pytest.raises(ValueError, match="chosen and rejected"):
+            reward.bradley_terry_loss(*args)
+
+
+GOOD, BAD = 40, 41  # the better answer of these pairs holds GOOD, the worse one BAD
+
+
+def pairs(n, seed):
+    return [(p, [GOOD, *a, END_OF_TURN], [BAD, *a[:2], END_OF_TURN]) for p, a in zip(random_ids([3 + i % 4 for i in range(n)], seed), random_ids([3] * n, seed + 1))]
+
+
+def fitted(load, held_out=(), **options):
+    policy = load()
+    policy.add_role("reward")
+    history = reward.fit_scorer(policy, "reward", pairs(24, 0), held_out, **dict(lr=1e-2, epochs=2, batch_size=8) | options)
+    return policy, history
+
+
+def parameters(policy):
+    return [*policy.trainable("reward").values(), policy.heads["reward"].weight]
+
+
+def test_a_role_learns_its_pairs_and_nothing_else_moves(load):
+    before = {n: p.detach().clone() for n, p in load().hf.named_parameters()}
+    policy, history = fitted(load, pairs(12, 7), epochs=4)
+    assert history[-1]["held_out/accuracy"] == 1.0 and history[0]["train/loss"] > history[-1]["train/loss"]
+    assert all(torch.equal(p, before[n]) for n, p in policy.hf.named_parameters() if ".reward." not in n)
+
+
+def test_the_seed_decides_and_the_size_of_a_pass_does_not(load):
+    a, b, c, d = (parameters(fitted(load, **o)[0]) for o in (dict(seed=0), dict(seed=0), dict(seed=0, max_tokens_per_pass=1), dict(seed=1)))
+    assert all(map(torch.equal, a, b)) and not all(map(torch.equal, a, d))
+    for x, y in zip(a, c):  # normalised by the batch, not by the pass; Adam's first steps are signs, so a rounding residue may move more
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
+
+
+def test_the_loss_has_the_pairs_margins_and_the_centring_term(load):
+    policy = load()
+    randomise_all(policy.add_role("reward"))
+    scores = [torch.tensor(reward.group_scores(policy, "reward", [p[0] for p in pairs(6, 0)], [[p[i] for p in pairs(6, 0)][k : k + 1] for k in range(6)]))[:, 0] for i in (1, 2)]
+    margins = torch.tensor([0.5, 0.5, 2.0, 0.5, 0.5, 0.5])  # one pair names its own
+    mixed = [(*p, 2.0) if i == 2 else p for i, p in enumerate(pairs(6, 0))]
+    line = reward.fit_scorer(policy, "reward", mixed, [], lr=1e-3, batch_size=6, margin=0.5, centre=0.1, max_tokens_per_pass=20)[0]
+    assert line["train/loss"] == pytest.approx(float(trl_loss(*scores, margins, 0.1)), rel=1e-4)
+
+
+def test_the_best_parameters_are_kept_and_patience_ends_it(load):
+    """Held-out pairs that say the opposite: the more is learnt the worse, and the last parameters are the worst."""
+    reversed_ = [(p, worse, better) for p, better, worse in pairs(12, 7)]
+    policy, history = fitted(load, reversed_, epochs=8, eval_every=1, patience=3)
+    best = max(line["held_out/accuracy"] for line in history)
+    assert len(history) < 24 and history[-1]["held_out/accuracy"] < best and history[-1]["best_step"] == history[-4]["step"]
+    kept = reward.group_scores(policy, "reward", [p[0] for p in reversed_], [list(p[1:]) for p in reversed_])
+    assert reward.accuracy(*zip(*kept)) == best
+
+
+def test_scores_come_back_in_order_whatever_the_batches(load):
+    policy = load()
+    randomise_all(policy.add_role("reward"))
+    prompts, groups = random_ids([5, 2, 9, 4]), [random_ids(lengths, seed=3) for lengths in ([3, 8], [1, 2, 3], [6, 6], [2])]
+    alone = [policy.sequence_scores([p], [group])[0].tolist() for p, group in zip(prompts, groups)]
+    for most in (1, 30, 4096):
+        for row, expected in zip(reward.group_scores(policy, "reward", prompts, groups, most), alone):
+            assert row == pytest.approx(expected, abs=1e-5)
+    with torch.no_grad():
+        policy.heads["reward"].weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        reward.group_scores(policy, "reward", prompts, groups)
+    with pytest.raises(UserError, match="not finite"):
+        reward.fit_scorer(policy, "reward", pairs(4, 0), [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Sequence classifiers of the hub
+
+
+def write_classifier(directory, labels=1, pad=0, template=CHATML, bos=False, **changes):
+    """A random Qwen3ForSequenceClassification with tokenizer. bos: its tokenizer puts one in front of every text, as Llama's."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(**CLASSIFIER | changes, num_labels=labels, pad_token_id=pad)
+    model = transformers.Qwen3ForSequenceClassification(config)
+    model.save_pretrained(directory)
+    write_tokenizer(directory, template)
+    if bos:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)])
+        tokenizer.save_pretrained(directory)
+    return model.eval()
+
+
+PROMPTS = ["list 3 animals", [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog w20"}, {"role": "user", "content": "w3 w4 w5"}]]
+ANSWERS = [["cat dog", "w7 w8 w9 w10", "cat"], ["w11", "list list list"]]
+
+
+@pytest.mark.parametrize("pad", [0, None])
+@pytest.mark.parametrize("most", [1, 50, 4096])
+def test_a_classifiers_score_is_transformers_own(pad, most, tmp_path):
+    model = write_classifier(tmp_path, pad=pad)
+    scorer = reward.load_scorer(str(tmp_path), most=most, device="cpu", dtype="float32")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for prompt, group, row in zip(PROMPTS, ANSWERS, scorer(PROMPTS, ANSWERS), strict=True):
+        for answer, score in zip(group, row, strict=True):
+            turns = reward.messages(prompt) + [{"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+            assert score == pytest.approx(float(model(ids).logits[0, 0]), abs=1e-5) and scorer.tokens(prompt, answer) == ids.shape[1]
+
+
+def test_bos_is_not_doubled(tmp_path):
+    """Llama's template writes BOS, and its tokenizer writes it again in front of the templated text."""
+    write_classifier(tmp_path, template="<|endoftext|> " + CHATML, bos=True)
+    scorer = reward.load_scorer(str(tmp_path), device="cpu", dtype="float32")
+    assert scorer.tokenizer.encode("cat")[0] == END_OF_TEXT
+    assert scorer.encode("cat", "dog").count(END_OF_TEXT) == 1
+
+
+def test_without_a_template_a_pair_of_texts_is_scored(tmp_path):
+    write_classifier(tmp_path, template=None)
+    scorer = reward.load_scorer(str(tmp_path), device="cpu", dtype="float32")
+    assert scorer.encode("cat w3", "dog") == scorer.tokenizer("cat w3", "dog")["input_ids"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Reward functions
+
+
+class Lengths:
+    """A scorer that says how many words an answer has, and remembers what it was asked."""
+
+    def __call__(self, prompts, groups):
+        self.asked = list(zip(prompts, groups))
+        return [[float(len(text.split())) for text in group] for group in groups]
+
+
+def test_raw_scores_ask_once_for_each_prompt_and_text():
+    scorer = Lengths()
+    f = reward.ModelReward(scorer, "rm", missing_eos_penalty=0.5)
+    completions = ["a b", "a b", "", [{"role": "assistant", "content": "a b c"}]]
+    prompt = [{"role": "user", "content": "q"}]
+    assert f(prompts=[prompt, prompt, "p", prompt], completions=completions, truncated=[False, True, False, False], other=[1] * 4) == [2.0, 1.5, 0.0, 3.0]
+    assert scorer.asked == [(prompt, ["a b", "a b c"]), ("p", [""])]
+    assert f(prompts=["p"], completions=["x"]) == [1.0]  # as TRL calls it
+
+
+def test_pairwise_by_hand():
+    """R(o, y): the sign of the difference, a tie within the band, 0 for y itself, and a cut sample pays before the comparison."""
+    scorer = Lengths()
+    f = reward.ModelReward(scorer, "rm", missing_eos_penalty=1.0, pairwise=True, tie_band=1.0)
+    completions = ["1 2 3 4", "1 2 3", "1 2", "1", "", "1 2 3 4", "1 2"]
+    cut = [False, False, False, False, False, True, True]
+    assert f(["q"] * 7, completions, truncated=cut, chosen=["1 2"] * 7) == [1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0]
+    assert reward.ModelReward(scorer, "rm", pairwise=True)(["q"] * 3, ["1 2 3", "1", "3 4"], chosen=["1 2"] * 3) == [1.0, -1.0, 0.0]
+    scorer.asked = None
+    assert f(["q", "r"], ["1 2", "3"], chosen=["1 2", "3"]) == [0.0, 0.0] and scorer.asked == []  # a reference is not compared with itself
+
+
+@pytest.fixture(scope="module")
+def chat_dir(tmp_path_factory):
+    """A random model whose tokenizer has the letters A and B."""
+    directory = tmp_path_factory.mktemp("chat")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conftest, "WORDS", [*conftest.WORDS[:-2], "A", "B"])
+        write_model(directory, "qwen3", max_position_embeddings=512)
+        write_tokenizer(directory)
+    return str(directory)
+
+
+def test_the_judge_reads_the_log_probs_of_its_verdict_and_asks_in_both_orders(chat_dir):
+    policy = policy_module.Policy.load(chat_dir, device="cpu", dtype="float32", lora_rank=4)
+    conftest.randomise(policy)  # the policy's own adapter must not judge
+    judge = reward.Judge(policy, "chat", "harmless", most=50)
+    cases = [("list 3 animals", "cat dog", "w7"), (PROMPTS[1], "w8 w9", "cat"), ("w30", "", "w31")]
+    odds, said = judge.log_odds(*zip(*cases))
+    base = transformers.AutoModelForCausalLM.from_pretrained(chat_dir, dtype=torch.float32)
+    total = 0.0
+    for row, (prompt, o, y) in zip(odds.tolist(), cases):
+        for value, (a, b), sign in zip(row, ((o, y), (y, o)), (1, -1)):
+            ids = judge.question(prompt, a, b)
+            log_a, log_b = (dense_logps(base, ids, policy.tokenizer.encode(letter))[0][0] for letter in "AB")
+            assert value == pytest.approx(sign * float(log_a - log_b), abs=1e-4)
+            total += float(log_a.exp() + log_b.exp())
+    assert said == pytest.approx(total / 6, rel=1e-3)
+    text = policy.tokenizer.decode(judge.question(*cases[0]))
+    assert text.index("cat dog") < text.index("w7") and text.endswith("assistant <think> </think>")
+    swapped = judge.log_odds(*([c[i] for c in cases] for i in (0, 2, 1)))[0]
+    torch.testing.assert_close(swapped, -odds.flip(1))  # the other answer's case, seen from the other side
+
+
+def test_verdicts_by_hand(monkeypatch):
+    rows = {(1, 2): 1.0, (-1, -2): -1.0, (3, -3): 0.0, (-3, 3): 0.0, (0, 2): 0.0, (0, 0): 0.0}
+    assert [reward.verdict(torch.tensor(row)) for row in rows] == list(rows.values())
+    judge = object.__new__(reward.Judge)
+    judge.log_odds = lambda prompts, answers, references: (torch.tensor([[1.0, 1.0]] * len(prompts)), 1.0)
+    assert judge(["q"] * 3, ["a", "y", "cut"], chosen=["y"] * 3, truncated=[False, False, True]) == [1.0, 0.0, -1.0]
+
+
+def test_position_bias_is_measured(capsys):
+    judge = SimpleNamespace(log_odds=lambda *cases: (torch.tensor([[2.0, -1.0], [2.0, -1.0], [2.0, 1.0], [1.0, -2.0]]), 0.9))
+    assert preferences.print_position([("q", "a", "b")] * 4, judge).tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert "A wins 0.875 of the questions" in capsys.readouterr().out  # 4 of 4 shown first, 3 of 4 shown second
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Pairs and measures
+
+
+def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
+    def record(prompt, chosen, rejected="b"):
+        return {"prompt": prompt, "chosen": chosen} | ({} if rejected is None else {"rejected": rejected})
+
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "more"}]
+    records = [record("fine", "a"), record("same", "b "), record("empty", "a", " "), record("long", "a " * 9), record("none", "a", None), record(turns, "a")]
+    kept, left = preferences.usable_pairs(records, lambda p, a: len(a.split()), 8, "FILE", {"hello"})
+    assert [r["prompt"] for r in kept] == ["fine"] and kept[0]["tokens"] == [1, 1]
+    assert left == {"with twice the same answer": 1, "with an empty answer": 1, "longer than 8 tokens": 1, "without a rejected answer": 1, "of a dialogue that is measured on": 1}
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and all(reason in said for reason in left) and "'long'" in said and "5 of 6" in said
+    with pytest.raises(UserError, match="no pair to use, left out 1 with twice the same answer"):
+        preferences.usable_pairs(records[1:2], lambda p, a: 1, 8, "FILE")
+
+
+def test_no_dialogue_is_on_both_sides():
+    records = [{"prompt": [{"role": "user", "content": f"opening {i % 7}"}] + [{"role": "user", "content": str(i)}] * (i % 3)} for i in range(40)]
+    rest, apart = preferences.set_apart(records, 13, seed=0)
+    assert len(rest) + len(apart) == 40 and 6 <= len(apart) <= 13
+    assert not {preferences.dialogue(r["prompt"]) for r in rest} & {preferences.dialogue(r["prompt"]) for r in apart}
+
+
+def test_calibration_by_hand():
+    logit = lambda p: float(np.log(p / (1 - p)))  # noqa: E731
+    # two pairs at confidence 0.9, one right; two at 0.6, both right; a tie at 0.5, right by half
+    better, worse = [logit(0.9), 0.0, logit(0.6), logit(0.6), 1.0], [0.0, logit(0.9), 0.0, 0.0, 1.0]
+    c = preferences.calibration(better, worse, bins=4)
+    assert c["ece"] == pytest.approx((2 * 0.4 + abs(2.5 - (0.6 + 0.6 + 0.5))) / 5)
+    assert [b["n"] for b in c["bins"]] == [3, 2] and c["bins"][1]["accuracy"] == 0.5
+
+
+def test_a_length_shortcut_is_visible():
+    lengths = [(5, 3), (9, 2), (2, 4), (3, 8), (4, 4)]
+    m = preferences.measures([[float(a), float(b)] for a, b in lengths], lengths)
+    assert m["accuracy"] == m["longer_wins"] == 0.5 and m["prefers_longer"] == 1.0 and m["correlation_with_length"] == pytest.approx(1.0)
+    assert [b["accuracy"] for b in m["by_length"]][0] == 0.0 and [b["accuracy"] for b in m["by_length"]][-1] == 1.0
+    assert sum(b["n"] for b in m["by_length"]) == 5
+    assert preferences.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5  # one pair, all equal: nothing divides by 0
+
+
+def test_report_has_intervals_and_quartiles():
+    one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False, "reference_reward": 1.0}
+    before, after = ([one | {"reward": float(r)} for r in rewards] for rewards in ([0] * 8, [2] * 6 + [-1] * 2))
+    text = report(before, after)
+    wins = reward.bootstrap_interval([1.0] * 6 + [0.0] * 2)
+    gain = reward.bootstrap_interval([1.0] * 6 + [-1.0] * 2)
+    assert "-" not in str(wins) and f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text and f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in text
+    assert "1.250 / 2.000 / 2.000" in text and "1.299" in text  # sqrt(27/16)
+    low, high = preferences.against_references(([r["reward"] for r in before], [r["reward"] for r in after]), ([1.0] * 8, [1.0] * 8))[-1].split("[")[1][:14].split(", ")
+    assert (float(low), float(high)) == pytest.approx(gain, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def command(*flags):
+    return preferences.main([str(f) for f in flags])
+
+
+SMALL = ["--model", "tiny", "--device", "cpu", "--train-pairs", "160", "--epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A reward model of the real script."""
+    out = tmp_path_factory.mktemp("rm") / "reward"
+    return out, subprocess.run([sys.executable, ROOT / "reward.py", "train", *SMALL, "--quantize", "none", "--out", out], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_train_writes_a_reward_model_that_beats_the_floors(trained):
+    out, process = trained
+    assert process.returncode == 0, process.stderr
+    assert {p.name for p in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "reward_model.json", "metrics.jsonl", "scores.jsonl", "calibration.png"}
+    for words in ("accuracy [95 % interval]", "the longer one wins (tokens)", "random", "expected calibration error", "no dialogue"):
+        assert words in process.stdout
+    info = json.loads((out / "reward_model.json").read_text())
+    (m,) = info["evaluation"].values()
+    assert m["accuracy"] > 0.55 and m["interval"][0] < m["accuracy"] < m["interval"][1] and m["pairs"] == len(read_jsonl(out / "scores.jsonl"))
+    assert info["base"] == "tiny" and info["split"]["training"] == 160 and info["settings"]["seed"] == 0 and info["environment"]["versions"]
+    assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [2, 4, 6, 8, 10]
+
+
+def test_a_reward_model_is_a_classifier_of_transformers(trained):
+    out, _ = trained
+    policy = policy_module.Policy.load("tiny", device="cpu")
+    pad = policy.tokenizer.convert_tokens_to_ids("cat")  # any id but EOS, at which every text ends
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(policy.source, num_labels=1, pad_token_id=pad, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(out)).eval()
+    for record, line in zip(tiny_tasks("heldout", 200, 0)[:5], preferences.load_records("tasks", "heldout", level="tiny")[:5]):
+        assert record["prompt"] == line["prompt"]
+    lines = read_jsonl(out / "scores.jsonl")
+    records = [r for r in preferences.load_records("tasks", "heldout", level="tiny") if r["chosen"].strip() != r["rejected"].strip()]
+    for record, line in list(zip(records, lines))[:8]:
+        for text, score in zip((record["chosen"], record["rejected"]), line["scores"]):
+            ids = torch.tensor([policy.encode_prompt(record["prompt"]) + policy.encode_answer(text)])
+            assert float(model(ids).logits[0, 0]) == pytest.approx(score, abs=2e-3)
+
+
+def test_score_gives_the_numbers_of_train(trained, capsys, tmp_path):
+    out, process = trained
+    assert command("score", "--model", out, "--data", "tasks", "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert next(line for line in said.splitlines() if "this reward model" in line) in process.stdout
+    write_classifier(tmp_path / "classifier", max_position_embeddings=512)
+    assert command("score", "--model", tmp_path / "classifier", "--data", "tasks", "--pairs", 20, "--device", "cpu") == 0
+    assert "tasks: 20 pairs" in capsys.readouterr().out
+
+
+def grao_trainer(reward_name, **given):
+    config = parse(GRAO.config, ["--model", "tiny", "--device", "cpu", "--quantize", "none", "--steps", "2", "--eval-prompts", "4", "--reward", str(reward_name)], "")
+    return train.Trainer(GRAO, check_settings(GRAO.config(**config | given)))
+
+
+def test_on_the_same_backbone_it_is_one_more_role(trained, load, tmp_path, capsys):
+    out, _ = trained
+    t = grao_trainer(out)
+    assert t.reward_fn.scorer.policy is t.policy and "on the same backbone tiny" in capsys.readouterr().err
+    assert not any("reward" in name for name in t.params) and not any(p.requires_grad for p in t.policy.trainable("reward").values())
+    batch = t.rollout(t.next_records())
+    text = t.policy.decode(batch.completions[0][0])
+    ids = t.policy.encode_answer(text)  # scored as if it had ended
+    expected = float(t.policy.sequence_scores([batch.prompts[0]], [[ids]])) - (batch.completions[0][0][-1] not in t.policy.eos_ids)
+    assert float(batch.rewards[0, 0]) == pytest.approx(expected, abs=1e-4)
+
+    other = load("llama")  # another base: loaded beside
+    randomise_all(other.add_role("reward"))
+    other.save_role("reward", tmp_path / "beside")
+    t = grao_trainer(tmp_path / "beside")
+    assert t.reward_fn.scorer.policy is not t.policy and "beside the policy" in capsys.readouterr().err
+    prompts, groups = ["list 3 animals"], [["cat", "dog w20"]]
+    assert t.reward_fn.scorer(prompts, groups)[0] == pytest.approx(
+        other.sequence_scores([other.encode_prompt(prompts[0])], [[other.encode_answer(x) for x in groups[0]]])[0].tolist(), abs=0.05)  # bf16 where the CPU has it
+
+
+@pytest.mark.parametrize("prefix", ["", "pairwise:"])
+def test_a_policy_trains_with_it_and_a_run_is_scored_again(trained, prefix, tmp_path, capsys):
+    flags = ["--model", "tiny", "--device", "cpu", "--steps", 2, "--prompts-per-step", 2, "--group-size", 3, "--eval-prompts", 6, "--reward", f"{prefix}{trained[0]}"]
+    assert train.main(GRAO, [str(f) for f in [*flags, "--out", tmp_path / "run"]]) == 0
+    samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
+    if prefix:
+        assert {s["reward"] for s in samples} <= {-1.0, 0.0, 1.0} and {s["reference_reward"] for s in samples} == {0.0}
+        return
+    capsys.readouterr()
+    assert command("score", "--model", trained[0], "--samples", tmp_path / "run" / "samples.jsonl", "--quantize", "nf4", "--device", "cpu") == 0
+    own, other = capsys.readouterr().out.split("by " + str(trained[0]))
+    assert own.splitlines()[-3:] == [line for line in other.splitlines() if line.startswith("  ")]  # the same model: no gap
+
+
+def test_judge_as_a_command_and_as_a_reward(chat_dir, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"list w{i} cat", "chosen": f"w{i} w5", "rejected": "dog"}) + "\n" for i in range(20, 40)))
+    assert command("judge", "--model", chat_dir, "--data", tmp_path / "pairs.jsonl", "--criterion", "harmless", "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert "position bias: reply A wins" in said and "chosen wins" in said and "longer one wins (tokens): 1.000" in said
+    flags = ["--model", chat_dir, "--data", tmp_path / "pairs.jsonl", "--device", "cpu", "--steps", 1, "--prompts-per-step", 2, "--group-size", 2, "--max-new-tokens", 4,
+             "--eval-prompts", 2, "--reward", f"judge:{chat_dir}", "--out", tmp_path / "run"]
+    assert train.main(GRAO, [str(f) for f in flags]) == 0
+    assert {s["reward"] for s in read_jsonl(tmp_path / "run" / "samples.jsonl")} <= {-1.0, 0.0, 1.0}
+    capsys.readouterr()
+    assert command("judge", "--model", chat_dir, "--samples", tmp_path / "run" / "samples.jsonl", "--device", "cpu") == 0
+    assert "position bias" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Bad input: one line on stderr, status 2
+
+
+def refused(capsys, *flags):
+    capsys.readouterr()
+    assert command(*flags) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[-1].startswith("error: ") and not any("Traceback" in line for line in error)
+    return error[-1]
+
+
+def test_models_that_are_no_reward_models(trained, load, model_dir, tmp_path, capsys):
+    out, _ = trained
+
+    def edited(name, file, change):
+        shutil.copytree(out, tmp_path / name)
+        content = json.loads((tmp_path / name / file).read_text())
+        change(content)
+        (tmp_path / name / file).write_text(json.dumps(content))
+        return tmp_path / name
+
+    write_classifier(tmp_path / "two", labels=2)
+    write_classifier(tmp_path / "nan").score.weight.data.fill_(float("nan"))
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    write_classifier(tmp_path / "vocabulary", vocab_size=50)
+    write_classifier(tmp_path / "short", max_position_embeddings=8)
+    load().save(tmp_path / "adapter")
+    for model, words in (
+        (model_dir(), "has no scalar head"),  # transformers would make one up, at random
+        (tmp_path / "two", "2 outputs"),
+        (tmp_path / "nan", "not finite"),
+        (tmp_path / "vocabulary", "its tokenizer has 97 tokens and the model 50"),
+        (tmp_path / "short", "no pair to use"),
+        (tmp_path / "adapter", "no scalar head"),  # a policy's
+        (tmp_path / "nowhere", "no such directory"),
+        (tmp_path, "config.json"),
+        (edited("moved", "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(tmp_path / "gone"))), "its base"),
+        (edited("other", "adapter_config.json", lambda c: c.update(base_model_name_or_path=model_dir())), "does not fit"),
+        (edited("tokens", "reward_model.json", lambda c: c.update(tokenizer="0")), "another tokenizer"),
+    ):
+        assert words in refused(capsys, "score", "--model", model, "--data", "tasks", "--device", "cpu"), model
+
+
+def test_flags_and_files_that_cannot_be_used(trained, tmp_path, capsys):
+    out, _ = trained
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps({"prompt": f"list {i} animals", "chosen": "cat", "rejected": "cat"}) + "\n" for i in "23456"))
+    (tmp_path / "samples.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "folder").mkdir()
+    new = tmp_path / "new"
+    for flags, words in (
+        ([], "no command"),
+        (["sing"], "train, score, judge"),
+        (["score", "--model", out], "--data or --samples"),
+        (["score", "--data", "tasks"], "--model"),
+        (["score", "--model", out, "--data", tmp_path / "none.jsonl"], "no such file"),
+        (["score", "--model", out, "--data", tmp_path / "same.jsonl"], "twice the same answer"),
+        (["score", "--model", out, "--samples", tmp_path / "samples.jsonl"], "samples.jsonl of a finished run"),
+        (["judge", "--model", "tiny", "--data", "tasks"], "letters A and B"),
+        (["train", *SMALL, "--out", tmp_path / "folder"], "exists"),
+        (["train", *SMALL, "--out", tmp_path / "folder", "--overwrite"], "not a reward model"),
+        (["train", *SMALL, "--data", tmp_path / "same.jsonl", "--out", new], "no pair to use"),
+        (["train", *SMALL, "--max-tokens", "9", "--out", new], "longer than 9 tokens"),
+        (["train", *SMALL, "--lr", "0", "--out", new], "--lr"),
+    ):
+        assert words in refused(capsys, *flags), flags
+    assert not new.exists()
+    flags = ["--model", "tiny", "--reward", "judge:tiny", "--out", new]
+    assert train.main(GRAO, [str(f) for f in flags]) == 2 and "letters A and B" in capsys.readouterr().err and not new.exists()
+
+
+def test_an_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preferences, "fit_scorer", stop)
+    assert command("train", *SMALL, "--out", tmp_path / "reward") == 130
+    assert list(tmp_path.iterdir()) == [] and "nothing was written" in capsys.readouterr().err
