@@ -244,13 +244,26 @@ class Trainer:
         """One sample for each held-out prompt, the same draws every time -> list of dicts as in samples.jsonl."""
         rollout, texts, rewards = self.sample(self.held_out, 1, seed=2**31 + self.config.seed)
         reference_rewards = self.reference_rewards(self.held_out).tolist()
+        kl, logp_reference = self.held_out_logps(rollout.completions)
         return [
             {"step": self.step, "prompt": r["prompt"], "reference": r["chosen"], "completion": text, "reward": float(reward),
-             "reference_reward": reference, "tokens": len(ids[0]), "truncated": cut[0],
-             **({"constraints": r["constraints"]} if "constraints" in r else {})}
-            for r, text, reward, reference, ids, cut in zip(
-                self.held_out, texts, rewards[:, 0], reference_rewards, rollout.completions, rollout.truncated)
+             "reference_reward": reference, "tokens": len(ids[0]), "truncated": cut[0], "kl": kl[i], "logp_reference": logp_reference[i],
+             "reference_tokens": len(r["reference_ids"]), **({"constraints": r["constraints"]} if "constraints" in r else {})}
+            for i, (r, text, reward, reference, ids, cut) in enumerate(zip(
+                self.held_out, texts, rewards[:, 0], reference_rewards, rollout.completions, rollout.truncated))
         ]
+
+    @torch.no_grad()
+    def held_out_logps(self, completions):
+        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi || ref); and J_imit of its reference."""
+        prompts = [r["prompt_ids"] for r in self.held_out]
+        members = [[ids[0], r["reference_ids"]] for ids, r in zip(completions, self.held_out)]
+        kl, logp_reference = [], []
+        for part in self.micro_batches(prompts, members):
+            scored, frozen = (self.policy.token_logps(prompts[part], members[part], self.config.temperature, role) for role in ("policy", "reference"))
+            kl += (scored.logps - frozen.logps)[:, 0].sum(-1).tolist()
+            logp_reference += scored.sequence_mean()[:, 1].tolist()
+        return kl, logp_reference
 
     # -- state --------------------------------------------------------------------------------------------------------------------
 
@@ -395,7 +408,8 @@ PANELS = [
 
 def evaluation(samples):
     s = summary(samples)
-    return {f"eval/{name}": s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")}
+    means = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_reference")}
+    return {f"eval/{name}": s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")} | {f"eval/{k}": v for k, v in means.items()}
 
 
 def postfix(metrics):
