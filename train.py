@@ -409,7 +409,8 @@ PANELS = [
 def evaluation(samples):
     s = summary(samples)
     means = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_reference")}
-    return {f"eval/{name}": s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")} | {f"eval/{k}": v for k, v in means.items()}
+    measures = {name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")} | means
+    return {f"eval/{name}": value for name, value in measures.items()}
 
 
 def postfix(metrics):

@@ -26,6 +26,13 @@ def two_level_interval(values, level=0.95, n=2000, seed=0):
     return float(x.mean()), float(low), float(high)
 
 
+def seed_band(rows, level=0.95, n=1000, seed=0):
+    """Curves (S, T) -> (mean, low, high), each (T,): pointwise percentile bootstrap over seeds. One seed gives a band of width 0."""
+    rows = np.asarray(rows, dtype=float)
+    means = rows[np.random.default_rng(seed).integers(len(rows), size=(n, len(rows)))].mean(1)  # (n, T)
+    return rows.mean(0), *np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+
+
 def sign_flip_test(differences, n=20_000, seed=0):
     """Two-sided p of a paired permutation test that the mean of `differences` (N,) is 0: each may as well have had the other sign.
 
