@@ -122,11 +122,10 @@ def dynamics(logs):
             band(train, steps, rows, name, "", window=5)
         steps, rows = curves(logs, name, "eval/reward")
         band(steps_axis, steps, rows, name)
-        tokens = at_steps(logs, name, steps, lambda log: log.curve("tokens/generated")) if name not in ("sft", "dpo") else None
-        if tokens is not None:
-            tokens[0] = tokens[0] if name == "sft-grpo" else 0
-            band(tokens_axis, tokens / 1000, rows, name, "")
-        band(time_axis, at_steps(logs, name, steps, lambda log: log.seconds()), rows, name, "")
+        tokens = at_steps(logs, name, steps, study.Log.tokens) / 1000
+        if tokens[-1]:
+            band(tokens_axis, tokens, rows, name, "")
+        band(time_axis, at_steps(logs, name, steps, study.Log.seconds), rows, name, "")
     target = curves(logs, "grpo", "eval/reward")[1][:, -1].mean()
     for axis in (steps_axis, tokens_axis, time_axis):
         axis.axhline(target, color=colour("grpo"), linestyle=":", linewidth=1)
@@ -146,7 +145,8 @@ def ablations(logs):
         raise Absent("a seed that all ablations share")
     same = {name: {seed: logs[name][seed] for seed in seeds} for name in names}
     looks = dict(zip(names, (
-        dict(linewidth=3, alpha=0.6), dict(color="#56B4E9"), dict(color="#000000"), dict(color="#CC79A7"), dict(color="#000000", linestyle=":", linewidth=1.6),
+        dict(linewidth=3, alpha=0.6), dict(color="#333333", linestyle="--"), dict(color="#666666", linestyle="-."), dict(color="#aaaaaa"),
+        dict(color="#000000", linestyle=":", linewidth=1.6),
     )))  # fmt: skip
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.6), width_ratios=[3, 2])
     for name in names:
@@ -156,6 +156,7 @@ def ablations(logs):
         shade = looks[name].get("color", colour(name))
         right.plot([low, high], [names.index(name)] * 2, color=shade, linewidth=2)
         right.plot(mean, names.index(name), "o", color=shade, markerfacecolor="white" if name == "grao-equivalent" else shade)
+        right.annotate(label(name), (low, names.index(name)), (0, 6), textcoords="offset points", fontsize=8)
     left.set(xlabel="step", ylabel="reward of samples (running mean of 5)", title=f"Training prompts, {len(seeds)} seeds")
     left.legend(fontsize=8)
     right.set(title="Held out", xlabel="NAG, %", ylim=(len(names) - 0.5, -0.5), yticks=[])
@@ -219,18 +220,20 @@ def quality(logs):
     if not any(lines.values()):
         raise Absent("methods on references of graded quality")
     figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
-    for method, shares in lines.items():
+    for i, (method, shares) in enumerate(lines.items()):
         if shares:
             found = [two_level_interval(study.matrix(logs, f"{method}-quality{s:g}", "reward")) for s in shares]
             mean, low, high = map(np.array, zip(*found))
-            axis.errorbar(shares, mean, [mean - low, high - mean], fmt="o-", color=colour(method), capsize=2, label=label(method))
+            apart = 0.006 * (i - (len(lines) - 1) / 2)  # else the bars lie on each other
+            axis.errorbar(np.add(shares, apart), mean, [mean - low, high - mean], fmt="o-", color=colour(method), markersize=5, label=label(method))
     mean, low, high = two_level_interval(study.matrix(logs, "grpo-quality1", "reward"))
     ends = [min(suites.SHARES), 1.0]
     axis.fill_between(ends, [low] * 2, [high] * 2, color=colour("grpo"), alpha=0.15, linewidth=0)
     axis.plot(ends, [mean] * 2, color=colour("grpo"), label="GRPO, which does not read them")
-    axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the references themselves")
+    if next(iter(logs["grpo-quality1"].values())).settings.get("reward", "verifier") == "verifier":  # whose mean over references is that share
+        axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the references themselves")
     axis.axhline(next(iter(logs["grpo-quality1"].values())).before["reward"].mean(), color=COLOURS["base"], linewidth=0.8, label="before training")
-    axis.set(xlabel="share of references that meet every constraint", ylabel="mean reward, held out")
+    axis.set(xlabel="share of right references", ylabel="mean reward, held out")
     figure.legend(loc="outside right center", fontsize=8)
     return figure
 
@@ -252,7 +255,7 @@ def uniapl(logs):
     top.set_xticks(range(len(sweep)), [f"{s:g}" for s in sweep])
     top.set(title="Strength of the anchor (unified)", xlabel="λ (0: CHORD)", ylabel="mean reward")
     for row, title, names in (
-        (1, "Separate loss against shaped reward", ("a-grpo", "shaping", "a-grpo-lambda1", "shaping-lambda1")),
+        (1, "A loss of its own, or shaping", ("a-grpo", "shaping", "a-grpo-lambda1", "shaping-lambda1")),
         (2, "Discriminator (unified)", ("uniapl", "uniapl-embedding", "uniapl-cotrained")),
     ):
         axis = figure.add_subplot(spec[row, 1])
@@ -291,25 +294,18 @@ def cost(logs):
         raise Absent("two methods to compare")
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2), sharey=True)
     rewards = {name: two_level_interval(study.matrix(logs, name, "reward")) for name in names}
-    costs = {"thousand generated tokens": lambda log: log.last("tokens/generated", 0.0) / 1000, "seconds of training": lambda log: log.seconds()[1][-1]}
+    costs = {"thousand generated tokens": lambda log: log.tokens()[1][-1] / 1000, "seconds of training": lambda log: log.seconds()[1][-1]}
+    marks = dict(zip((name for name in names if name not in COMPARED), "s^vDPX*<>hd"))
     for axis, (text, of) in zip(axes, costs.items()):
         for name in names:
             mean, low, high = rewards[name]
             x = np.median([of(log) for log in logs[name].values()])
             axis.plot([x, x], [low, high], color=colour(name), linewidth=0.8)
-            axis.plot(x, mean, "o", color=colour(name), markerfacecolor="white" if name == "ppo-4" else colour(name), label=label(name))
+            face = "white" if name == "ppo-4" else colour(name)
+            axis.plot(x, mean, marks.get(name, "o"), color=colour(name), markerfacecolor=face, label=label(name), clip_on=False)
         axis.set(xlabel=text, xlim=(0, None))
     axes[0].set_ylabel("mean reward, held out")
-    # Names in a column at the right, in the order of their points and apart from each other.
-    low, high = axes[1].get_ylim()
-    gap, y = (high - low) / max(16, len(names)), -np.inf
-    for name in sorted(names, key=lambda name: rewards[name][0]):
-        y = max(y + gap, rewards[name][0])
-        x = np.median([log.seconds()[1][-1] for log in logs[name].values()])
-        axes[1].annotate(
-            label(name), (x, rewards[name][0]), (1.04, y), textcoords=axes[1].get_yaxis_transform(), fontsize=8, va="center", color=colour(name),
-            arrowprops=dict(arrowstyle="-", color="#cccccc", linewidth=0.6), annotation_clip=False,
-        )
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 

@@ -74,6 +74,11 @@ class Log:
         values = self.curve(metric)[1]
         return float(values[-1]) if len(values) else default
 
+    def tokens(self):
+        """(steps, tokens sampled until then)."""
+        steps, found = [line["step"] for line in self.metrics], [line.get("tokens/generated", 0) for line in self.metrics]
+        return np.array(steps), np.maximum.accumulate(found)
+
     def seconds(self):
         """(steps, seconds of rollouts and updates until then): evaluations and start-up are left out."""
         steps = np.array([line["step"] for line in self.metrics])

@@ -55,7 +55,7 @@ ABLATIONS = {
     "grao-without-regularizer": "--without regularizer",
     "grao-equivalent": f"--without regularizer --beta {_beta:.10g} --max-grad-norm {_clip:.10g}",
 }
-BETAS, LAMBDAS = (0.0, 0.25, 0.5, 1.0, 2.0), (0.0, 0.3, 0.6, 1.2)
+BETAS, LAMBDAS = (0.0, 0.25, 0.5, 1.0), (0.0, 0.6, 1.2)
 SENSITIVITY = {f"grao-beta{b:g}-lam{m:g}": (b, m) for b in BETAS for m in LAMBDAS if (b, m) != (BETA, LAMBDA)}
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of right references
 IMITATORS = ("sft", "sft-grpo", "grao", "uniapl")  # what the references' quality reaches; GRPO does not look at them
@@ -93,15 +93,16 @@ class Suite:
     rates: str  # learning rates that a sweep tries, the same for every method
     level: str = "chat"  # of the built-in tasks whose references are graded; None: shares of pairs the right way round, from the data file
     records: int = 3000  # in each graded file
-    extra: dict = None  # part -> names beside PARTS
+    extra: dict = None  # name -> seeds, of runs beside those of PARTS["comparison"]
+    sparse: str = ""  # flags of what is only in the other parts, where fewer points of a curve are wanted
     polar: bool = True  # False: the data has no second expert answer for polar to learn from, so the fixed discriminator is `embedding`
 
 
 SUITES = {
     "tiny": Suite(
-        "--model tiny --steps 60 --prompts-per-step 16 --group-size 8 --max-new-tokens 24 --eval-prompts 256 --eval-every 10",
-        dict(comparison=10, ablations=5, sensitivity=2, quality=3, uniapl=3), "5e-4 1e-3 2e-3 4e-3", level="tiny",
-        extra={"comparison": ("ppo-4",)},
+        "--model tiny --steps 50 --prompts-per-step 16 --group-size 8 --max-new-tokens 24 --eval-prompts 256 --eval-every 10",
+        dict(comparison=10, ablations=5, sensitivity=2, quality=2, uniapl=2), "5e-4 1e-3 2e-3 4e-3", level="tiny",
+        extra={"ppo-4": 5}, sparse="--eval-every 25",
     ),
     "smollm2": Suite(
         "--model {model} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 10",
@@ -118,7 +119,7 @@ SUITES = {
     ),
 }
 # --quick: the same programs and figures with next to no training; a later flag wins over an earlier one.
-QUICK = "--steps 4 --prompts-per-step 4 --eval-prompts 16 --eval-every 2"
+QUICK = "--steps 4 --prompts-per-step 4 --eval-prompts 16 --eval-every 4"
 QUICK_UNIAPL = "--discriminator-pairs 16 --discriminator-epochs 1 --discriminator-warmup 1"
 QUICK_NAMES = {
     "sensitivity": ("grao", "grao-beta0.5-lam0", "grao-beta0.25-lam0.6", "grao-beta0.25-lam0"),
@@ -140,17 +141,21 @@ def grid(suite, parts=tuple(PARTS), seeds=None, quick=False):
     """The runs of some parts of a suite, each once, cheap and telling ones first. seeds: at most so many, or that many for the comparison."""
     s, wanted = SUITES[suite], {}  # (name, seed) -> None, in order
     for part in parts:
-        names = QUICK_NAMES.get(part, PARTS[part]) if quick else PARTS[part] + (s.extra or {}).get(part, ())
+        names = QUICK_NAMES.get(part, PARTS[part]) if quick else PARTS[part]
         n = (2 if part == "comparison" else 1) if quick else s.seeds[part]
         if seeds is not None:
             n = seeds if part == "comparison" else min(n, seeds)
         wanted |= {(name, seed): None for seed in range(n) for name in names}
+        if part == "comparison" and s.extra and not quick:
+            wanted |= {(name, seed): None for name, most in s.extra.items() for seed in range(min(most, n))}
     return [run(suite, name, seed, quick) for name, seed in wanted]
 
 
 def run(suite, name, seed, quick=False):
     s, (program, flags, sweeps) = SUITES[suite], METHODS[name]
     words = f"{s.flags} {flags}"
+    if name not in COMPARED and name not in (s.extra or {}):
+        words += f" {s.sparse}"
     if program == "uniapl.py" and not s.polar and "--discriminator" not in flags and flags.split()[1] not in UNANCHORED:
         words += " --discriminator embedding"
     if quick:

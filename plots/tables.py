@@ -9,7 +9,7 @@ from plots.study import common_seeds, matrix
 LABELS = {
     "base": "before training", "sft": "SFT", "dpo": "DPO", "ppo": "PPO", "ppo-4": "PPO, 4 updates", "grpo": "GRPO", "sft-grpo": "SFT → GRPO",
     "grao": "GRAO", "uniapl": "UniAPL (unified)", "chord": "CHORD (unified, λ = 0)", "a-sft": "A-SFT", "a-grpo": "A-GRPO", "sft-a-grpo": "SFT → A-GRPO",
-    "a-sft-a-grpo": "A-SFT → A-GRPO", "ptx": "GRPO + 0.1 SFT (ptx)", "luffy": "LUFFY", "hpt": "HPT", "shaping": "shaped reward, λ = 0.1",
+    "a-sft-a-grpo": "A-SFT → A-GRPO", "ptx": "GRPO + 0.1 SFT (ptx)", "luffy": "LUFFY", "hpt": "HPT", "shaping": "shaped reward",
     "uniapl-embedding": "unified, embedding", "uniapl-cotrained": "unified, co-trained", "uniapl-lambda0.3": "unified, λ = 0.3",
     "uniapl-lambda1": "unified, λ = 1", "uniapl-lambda3": "unified, λ = 3", "a-grpo-lambda1": "A-GRPO, λ = 1", "shaping-lambda1": "shaped reward, λ = 1",
     "grao-without-imitation": "without imitation", "grao-without-exploration": "without exploration",
@@ -48,7 +48,7 @@ def markdown(header, rows):
 def interval(values, digits=3, percent=False, sign=False):
     """A matrix (S, P) -> "mean [low, high]"."""
     scale, digits = (100, 1) if percent else (1, digits)
-    mean, low, high = (scale * x for x in two_level_interval(values))
+    mean, low, high = (round(scale * x, digits) + 0.0 for x in two_level_interval(values))  # + 0.0: never -0.0
     plus = "+" if sign else ""
     return f"{mean:{plus}.{digits}f} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]"
 
@@ -71,7 +71,7 @@ def budgets(logs):
     rows = []
     for name in sorted(logs, key=list(suites.METHODS).index):
         runs = list(logs[name].values())
-        c, sampled = runs[0].settings, [run.last("tokens/generated", 0.0) for run in runs]
+        c, sampled = runs[0].settings, [run.tokens()[1][-1] for run in runs]
         sampling = sum("tokens/generated" in line for line in runs[0].metrics)
         updates = runs[0].last("updates", c["steps"])
         rates = f"{c['lr']:g}" + (f", then {c['switch_lr']:g}" if c.get("switch_lr") else "")
@@ -187,7 +187,7 @@ def plain(logs, names, extra=()):
     rows = []
     for name in present(logs, names):
         m = {measure: matrix(logs, name, measure) for measure in ("reward", "nag", "kl", "tokens")}
-        cost = np.mean([log.last("tokens/generated", 0.0) for log in logs[name].values()]), np.median([log.seconds()[1][-1] for log in logs[name].values()])
+        cost = np.mean([log.tokens()[1][-1] for log in logs[name].values()]), np.median([log.seconds()[1][-1] for log in logs[name].values()])
         rows.append([
             label(name), len(m["reward"]), interval(m["reward"]), interval(m["nag"], percent=True, sign=True), interval(m["kl"], 2), interval(m["tokens"], 1),
             f"{cost[0]:,.0f}", f"{cost[1]:.0f}", *(column(name) for _, column in extra),
@@ -225,7 +225,7 @@ def quality(logs):
 
 
 def crossings(logs):
-    """Where each method's line crosses GRPO's: the share of right references from which on it is ahead."""
+    """The shares of right references at which each method's line through its means crosses GRPO's."""
     if "grpo-quality1" not in logs:
         return ""
     grpo, text = matrix(logs, "grpo-quality1", "reward").mean(), ""
@@ -234,8 +234,9 @@ def crossings(logs):
         gaps = [matrix(logs, f"{method}-quality{share:g}", "reward").mean() - grpo for share in shares]
         found = [s + (t - s) * a / (a - b) for s, t, a, b in zip(shares, shares[1:], gaps, gaps[1:]) if a * b < 0]
         if gaps:
-            where = " and ".join(f"{x:.0%}" for x in found) if found else f"nowhere: it is {'ahead' if gaps[0] > 0 else 'behind'} throughout"
-            text += f"\n{label(method)} crosses GRPO at {where}" + (" of right references" if found else "") + "."
+            side = "ahead" if min(gaps) > 0 else "behind" if max(gaps) < 0 else "level somewhere, on one side of it elsewhere"
+            where = " and ".join(f"{x:.0%}" for x in found)
+            text += f"\n{label(method)} " + (f"crosses GRPO at {where} of right references." if found else f"does not cross GRPO: {side}.")
     return text + "\n"
 
 

@@ -35,9 +35,10 @@ def write_run(folder, name, seed, reward, judged=False):
     for step in (0, STEPS):
         for i in range(PROMPTS):
             paid = float(i < round(PROMPTS * (reward if step else 0.25)))
-            sample = dict(step=step, prompt=f"prompt {i} | x", reference=f"reference {i}", completion=f"{name} {step}", reward=paid, reference_reward=float(i % 2))
-            sample |= dict(tokens=5 + i % 3, reference_tokens=6, truncated=False, kl=0.0 if step == 0 else 1 / 3, logp_reference=-float(rng.random()))
-            samples.append(sample | ({"judge_reward": 2.0, "judge_reference_reward": 1.0} if judged and step else {"judge_reward": 0.0, "judge_reference_reward": 1.0} if judged else {}))
+            sample = dict(step=step, prompt=f"prompt {i} | x", reference=f"reference {i}", completion=f"{name} {step}")
+            sample |= dict(reward=paid, reference_reward=float(i % 2), tokens=5 + i % 3, reference_tokens=6, truncated=False)
+            sample |= dict(kl=1 / 3 if step else 0.0, logp_reference=-float(rng.random()))
+            samples.append(sample | ({"judge_reward": 2.0 if step else 0.0, "judge_reference_reward": 1.0} if judged else {}))
     for file, content in (("metrics", lines), ("samples", samples)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
 
@@ -114,7 +115,9 @@ def test_numbers_in_the_tables(whole):
     assert f"| 0.031 | {min(1, 7 * 2 / 2**6):.2g} | prompts |" in row
     row = next(line for line in tables.reach(logs).splitlines() if line.startswith("| GRAO"))
     assert "| 3.7 | 0.62 [0.62, 0.62] | 0% |" in row  # 0.1 + 0.65 s / 6 = 0.5 at s = 3.69
-    assert "GRAO crosses GRPO at" in tables.crossings(logs) and "SFT crosses GRPO at nowhere" not in tables.crossings({})
+    assert "\nSFT does not cross GRPO: level somewhere" in tables.crossings(logs) and tables.crossings({}) == ""
+    cut = {name: logs[name] for name in ("grpo-quality1", "grao-quality0.25", "grao-quality1")}
+    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)  # 0.25 below at 25 %, 0.25 above at 100 %
     budget = next(line for line in tables.budgets(logs).splitlines() if line.startswith("| GRPO |"))
     assert "| 2 | 6 | 6 | 2 | 96 | 600 | 0.001 | default | 6 |" in budget
     assert "| 0 | 0 |" in next(line for line in tables.budgets(logs).splitlines() if line.startswith("| SFT |"))
