@@ -333,7 +333,8 @@ def compare(argv):
             waiting.append(task)
     else:
         waiting = [task for task in tasks if not task.done()]
-    print(f"{args.suite}: {len(tasks)} runs, {len(tasks) - len(waiting)} done already; {args.jobs} at a time, threads each: {os.environ['OMP_NUM_THREADS']}", flush=True)
+    threads = os.environ["OMP_NUM_THREADS"]
+    print(f"{args.suite}: {len(tasks)} runs, {len(tasks) - len(waiting)} done already; {args.jobs} at a time, threads each: {threads}", flush=True)
     if waiting:
         if "quality" in args.part:
             write_graded(args.suite, args.data, graded)

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import randomise_all
+
 from plots import compare, figures, suites
 from record import read_jsonl
 from train import exit_status

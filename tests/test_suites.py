@@ -8,7 +8,7 @@ import torch
 import uniapl
 from data import UserError
 from data.graded import graded_tasks
-from minigrao import group_advantages, grao_loss
+from minigrao import grao_loss, group_advantages
 from plots import compare, suites, sweep, tables
 from reward import verifier
 from settings import check_settings, parse
