@@ -145,11 +145,13 @@ class Task:
         self.wanted = asdict(settings_of(self.words))
 
     def changed(self, saved):
-        """Settings in which a saved run is not the wanted one. What a setup fills in is None here; files may have moved."""
+        """Settings in which a saved run is not the wanted one. What a setup fills in is None here, a setting newer than the run is not there, and files
+        may have moved."""
         def same(a, b):
             return a == b or (isinstance(a, str) and isinstance(b, str) and Path(a).name == Path(b).name)
 
-        return [k for k, v in self.wanted.items() if v is not None and k not in ("resume", "overwrite", "out") and not same(saved.get(k), v)]
+        ours = {k: v for k, v in self.wanted.items() if k in saved and v is not None}
+        return [k for k, v in ours.items() if not same(saved[k], v)]
 
     def done(self):
         """Whether its logs are there, whole; UserError if they are of another run."""
@@ -292,8 +294,8 @@ def arguments(argv):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.threads = max(1, cores // args.jobs) if args.jobs else 1
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else cores)
+    args.threads = max(1, cores // args.jobs)
     if args.suite == "hh" and not (args.reward and args.judge_reward):
         raise UserError("--suite hh: needs --reward and --judge-reward, two reward models (python reward.py train)")
     args.model = args.model or {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "hh": "SmolLM2-135M-Instruct.Q4_1.gguf"}.get(args.suite, "Qwen/Qwen3-0.6B")
@@ -313,8 +315,10 @@ def compare(argv):
         return True
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    context = multiprocessing.get_context("forkserver")  # torch and transformers are imported once, and every run is a process of its own
-    context.set_forkserver_preload(["baselines", "minigrao", "uniapl", "plots.sweep", "plots.tables"])
+    # Every run is a process of its own. On a CPU they are forked from one that has imported torch and transformers; CUDA survives no fork.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
+    if not torch.cuda.is_available():
+        context.set_forkserver_preload(["baselines", "minigrao", "uniapl", "plots.sweep", "plots.tables"])
     missing = [s for s in sweeps if not s.done()]
     if missing:
         print(f"{len(missing)} sweeps of learning rates, {args.jobs} at a time")
