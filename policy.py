@@ -196,10 +196,10 @@ class Policy:
 
     @contextlib.contextmanager
     def role(self, name):
-        """Within the block forward passes are those of "policy", "reference", or a role of add_role; restored on the way out, by an
+        """Within the block forward passes are those of "policy", "reference", "backbone" (no adapter), or a role of add_role; restored on the way out, by an
         exception too. With gradient checkpointing the backward pass computes forward again: it belongs into the same block."""
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
-        self.activate({"policy": "default", "reference": self.reference_adapter, **{role: role for role in self.heads}}[name])
+        self.activate({"policy": "default", "reference": self.reference_adapter, "backbone": None, **{role: role for role in self.heads}}[name])
         try:
             yield
         finally:

@@ -179,4 +179,6 @@ METRICS = {
     "eval/median": ("reward", "median"),
     "eval/q75": ("reward", "upper quartile"),
     "eval/reference": ("reward", "mean reward of the held-out references"),
+    "eval/kl": ("nats/answer", "KL(pi || ref) of whole answers to held-out prompts: mean of log pi - log pi_ref of the samples; 0 at the start"),
+    "eval/logp_reference": ("nats/token", "mean J_imit of the held-out references, at the sampling temperature; rises while the policy imitates"),
 }

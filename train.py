@@ -247,13 +247,26 @@ class Trainer:
         """One sample for each held-out prompt, the same draws every time -> list of dicts as in samples.jsonl."""
         rollout, texts, rewards = self.sample(self.held_out, 1, seed=2**31 + self.config.seed)
         reference_rewards = self.reference_rewards(self.held_out).tolist()
+        kl, logp_reference = self.held_out_logps(rollout.completions)
         return [
             {"step": self.step, "prompt": r["prompt"], "reference": r["chosen"], "completion": text, "reward": float(reward),
-             "reference_reward": reference, "tokens": len(ids[0]), "truncated": cut[0],
-             **({"constraints": r["constraints"]} if "constraints" in r else {})}
-            for r, text, reward, reference, ids, cut in zip(
-                self.held_out, texts, rewards[:, 0], reference_rewards, rollout.completions, rollout.truncated)
+             "reference_reward": reference, "tokens": len(ids[0]), "truncated": cut[0], "kl": kl[i], "logp_reference": logp_reference[i],
+             "reference_tokens": len(r["reference_ids"]), **({"constraints": r["constraints"]} if "constraints" in r else {})}
+            for i, (r, text, reward, reference, ids, cut) in enumerate(zip(
+                self.held_out, texts, rewards[:, 0], reference_rewards, rollout.completions, rollout.truncated))
         ]
+
+    @torch.no_grad()
+    def held_out_logps(self, completions):
+        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi || ref); and J_imit of its reference."""
+        prompts = [r["prompt_ids"] for r in self.held_out]
+        members = [[ids[0], r["reference_ids"]] for ids, r in zip(completions, self.held_out)]
+        kl, logp_reference = [], []
+        for part in self.micro_batches(prompts, members):
+            scored, frozen = (self.policy.token_logps(prompts[part], members[part], self.config.temperature, role) for role in ("policy", "reference"))
+            kl += (scored.logps - frozen.logps)[:, 0].sum(-1).tolist()
+            logp_reference += scored.sequence_mean()[:, 1].tolist()
+        return kl, logp_reference
 
     # -- state --------------------------------------------------------------------------------------------------------------------
 
@@ -348,7 +361,7 @@ def run(method, given, reward_fn=None):
         if trainer.step >= config.steps:
             raise UserError(f"--resume: {folder.path} has finished its {config.steps} steps; go on from it with --from-adapter {folder.path}/adapter")
         before = [s for s in read_jsonl(folder.samples) if s["step"] == 0]
-    count = sum(p.numel() for p in trainer.params.values())
+    count = sum(p.numel() for p in trainer.params.values() if p.requires_grad)
     print(
         f"{method.name} · {config.model} · {config.quantize if config.quantize == 'nf4' else str(policy.dtype).split('.')[-1]} on {policy.device} · "
         f"LoRA rank {config.lora_rank}, {count / 1e6:.2f} M trained · {len(trainer.records)} training and {len(trainer.held_out)} held-out prompts"
@@ -400,7 +413,9 @@ PANELS = [
 
 def evaluation(samples):
     s = summary(samples)
-    return {f"eval/{name}": s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")}
+    means = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_reference")}
+    measures = {name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")} | means
+    return {f"eval/{name}": value for name, value in measures.items()}
 
 
 def postfix(metrics):
@@ -410,10 +425,15 @@ def postfix(metrics):
 
 def main(method, argv=None, reward_fn=None, description=""):
     """The command line of a method -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
+    return exit_status(lambda: run(method, parse(method.config, argv, description), reward_fn))
+
+
+def exit_status(work):
+    """Call work() -> 0, or 130 if it returns None because it was stopped; what a user can mend becomes one line on stderr and 2."""
     warnings.filterwarnings("once", category=UserWarning)
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
-        return 0 if run(method, parse(method.config, argv, description), reward_fn) else 130
+        return 130 if work() is None else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except (OSError, safetensors.SafetensorError) as error:

@@ -112,6 +112,14 @@ def answer(constraints, follow, rng):
     return text.upper() if "uppercase" in kept else text
 
 
+def another_answer(record, rng):
+    """A second reference (str) for a record of tiny_tasks, made as its `chosen` was and never equal to it."""
+    while True:
+        text = answer(record["constraints"], _follow(record["constraints"], CHOSEN_RATE, rng, at_least=1), rng)
+        if text != record["chosen"]:
+            return text
+
+
 def words():
     """Every word of the prompts and answers, the answers' also in upper case: a sorted list of distinct str."""
     said = [w for ws in CATEGORIES.values() for w in ws] + STARTS + ENDS + [SEPARATOR]

@@ -17,7 +17,10 @@ def draw_curves(lines, panels, path):
     figure, axes = plt.subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False, constrained_layout=True)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
+    switches = [line["step"] for before, line in zip(lines, lines[1:]) if line.get("stage") != before.get("stage", line.get("stage"))]
     for axis, (title, label, names) in zip(axes.flat, panels):
+        for step in switches:
+            axis.axvline(step, color="black", linestyle=":", linewidth=0.8)
         for name, colour in zip(names, COLOURS):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if not points:

@@ -7,6 +7,7 @@ interval. What follows `--` are the method's own flags. The JSON holds one line 
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -15,11 +16,12 @@ from pathlib import Path
 import baselines
 import minigrao
 import train
+import uniapl
 from record import environment, summary, write_whole
 from settings import check_settings, parse
 
 MOST = 1000  # training prompts to score; fewer where the run had fewer
-METHODS = baselines.METHODS | {"grao": minigrao.GRAO}
+METHODS = baselines.METHODS | {"grao": minigrao.GRAO, "uniapl": uniapl.UNIAPL}
 
 
 def train_reward(method, given, lr, folder):
@@ -27,6 +29,7 @@ def train_reward(method, given, lr, folder):
     path = train.run(method, given | {"lr": lr, "out": str(folder)})
     if path is None:
         raise KeyboardInterrupt
+    method = dataclasses.replace(method, setup=None)  # sampling needs no value function and no discriminator
     trainer = train.Trainer(method, check_settings(method.config(**given | {"from_adapter": str(path / "adapter")})))
     trainer.held_out = trainer.records[:MOST]
     measured = summary(trainer.evaluate())
@@ -49,7 +52,8 @@ def main(argv):
             print(rows[-1])
             result = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment(), "rows": rows}
             write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(train.exit_status(lambda: main(sys.argv[1:])))
