@@ -29,7 +29,6 @@ from record import RunFolder, peak_memory, read_jsonl, report, summary
 from reward import checked_rewards, load_model_reward, verifier
 from settings import check_settings, parse
 
-
 TRIM_EVERY = 10  # steps; at every step it would cost a tiny model a fifth of its time
 
 
