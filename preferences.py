@@ -226,6 +226,7 @@ def check_unknown(policy, prompts, config):
 
 def train_command(config):
     out, level = Path(config.out), "tiny" if config.model == "tiny" else "chat"
+    versions = environment()  # before training: the tree may change meanwhile
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or --overwrite it")
     if out.exists() and not (out / "reward_model.json").is_file():
@@ -280,7 +281,7 @@ def train_command(config):
         "scores": {"mean": float(np.mean(everything)), "std": float(np.std(everything))},
         "split": {"statement": "the pairs learnt from, stopped by and measured on share no dialogue (prompts that open with the same user message)",
                   "training": len(pairs), "stop": len(held_out), "measured": {name: len(records) for name, records in measured.items()}, "left_out": left},
-        "evaluation": results, "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite")}, "environment": environment(),
+        "evaluation": results, "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite")}, "environment": versions,
     }
     with whole_directory(out) as tmp:
         policy.save_role("reward", tmp)
