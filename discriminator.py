@@ -33,7 +33,7 @@ from policy import Policy
 from record import environment, write_whole
 from reward import accuracy, bootstrap_interval, bradley_terry_loss, fit_scorer, group_scores, micro_batches
 from scoring import Pack
-from settings import check_settings, parse, setting
+from settings import check_settings, parse, same, setting
 
 ROLE, ABOUT = "discriminator", "discriminator.json"
 MATCHED = 4  # samples of the policy to choose one of like length from: otherwise length is the first thing that polar learns, and often the last
@@ -165,13 +165,14 @@ def train_at_start(policy, c):
     start = time.perf_counter()
     known, history = train_polar(policy, c, pairs=c.discriminator_pairs, epochs=c.discriminator_epochs, lr=c.discriminator_lr)
     share = max(line["held_out/accuracy"] for line in history)
-    print(f"discriminator: {len(known)} pairs in {time.perf_counter() - start:.0f} s; it tells the expert from the policy on {share:.3f} of those kept for early stopping")
+    print(f"discriminator: {len(known)} pairs in {time.perf_counter() - start:.0f} s; right on {share:.3f} of the pairs kept for early stopping")
 
 
 def check_context(policy, records, c):
     """UserError if a record's prompt, expert answer, prompt and sample do not fit into the model's context together."""
     for r in records:
-        length = len(condition(r["prompt_ids"], r["reference_ids"])) + c.max_new_tokens
+        second = another_expert(r, c)
+        length = len(condition(r["prompt_ids"], r["reference_ids"])) + max(c.max_new_tokens, len(policy.encode_answer(second)) if second else 0)
         if length > policy.context:
             raise UserError(
                 f"data {c.data}: the polar discriminator reads {length} tokens for the prompt {str(r['prompt'])[:60]!r}, more than the model's context of "
@@ -200,25 +201,25 @@ def load(policy, directory):
 
 @dataclass
 class DiscriminatorConfig:
-    presets = {"tiny": dict(lr=1e-3, pairs=1024), "chat": dict(lr=3e-4, pairs=256)}
+    presets = {"tiny": dict(lr=3e-3, pairs=1024, epochs=4), "chat": dict(lr=3e-4, pairs=256, epochs=1)}
 
-    model: str = setting("auto", "as in a run: tiny, a hub name, a directory, a .gguf file")
-    quantize: str = setting(None, "nf4 or none [tiny: nf4; others: nf4 on a GPU, none on a CPU]", choices=("nf4", "none"))
+    model: str = same("model")
+    quantize: str = same("quantize")
     data: str = setting("tasks", "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it")
     from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
     pairs: int = setting(None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6)
     test_pairs: int = setting(256, "held-out prompts to test on", low=2, high=10**5)
-    epochs: int = setting(2, "passes over the pairs", low=1, high=1000)
+    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
     lr: float = setting(None, "learning rate of AdamW", above=0, high=1)
-    max_new_tokens: int = setting(None, "longest sample of the policy, tokens", low=1, high=32768)
-    temperature: float = setting(1.0, "its sampling temperature", above=0, high=10)
-    lora_rank: int = setting(16, "rank of the LoRA adapter", low=1, high=1024)
-    lora_alpha: int = setting(32, "LoRA scale times rank", low=1, high=4096)
-    micro_batch_tokens: int = setting(2048, "tokens per pass, at least one group", low=1, high=10**7)
-    gradient_checkpointing: str = setting("auto", "on: recompute activations in the backward pass; auto: on with a GPU", choices=("auto", "on", "off"))
-    seed: int = setting(0, "seed of everything", low=0, high=2**31 - 1)
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    dtype: str = setting("auto", "auto, float32 or bfloat16: compute type", choices=("auto", "float32", "bfloat16"))
+    max_new_tokens: int = same("max_new_tokens")
+    temperature: float = same("temperature")
+    lora_rank: int = same("lora_rank")
+    lora_alpha: int = same("lora_alpha")
+    micro_batch_tokens: int = same("micro_batch_tokens")
+    gradient_checkpointing: str = same("gradient_checkpointing")
+    seed: int = same("seed")
+    device: str = same("device")
+    dtype: str = same("dtype")
     out: str = setting(None, "directory to write")
     overwrite: bool = setting(False, "replace an earlier discriminator in --out")
 

@@ -12,10 +12,10 @@ discriminator as a loss of its own rather than a shaped reward. v2 reports its b
 
 Ours, where the paper (as far as it is known to us) leaves it open:
 - L_adv is the score-function gradient of D's group-normalised scores, -1/G sum_i A^D_i 1/|o_i| sum_t log pi(o_{i,t}): D is a frozen number.
-  Its value says nothing, and is about 0 in no sense that matters; watch score/* and the gradient parts.
+  Its value says nothing of how near the policy is; watch score/* and the norm of its gradient.
 - lambda_adv = 0.1, learning rates, batch, temperature 1, LoRA on a frozen backbone; the discriminators, see discriminator.py.
 - mu follows CHORD (2508.11408): peak 0.9 at once, cosine to 0.05, over two thirds of --steps (CHORD: 200 steps). So `a-chord` *is* `unified`; both
-  names are kept, as the paper reports both. --aggregate token divides L_GRPO by its tokens, as CHORD does; the default by samples, then by tokens.
+  names are kept, as the paper reports both. --aggregate token is CHORD's L_GRPO, a mean over tokens; the default is GRPO's, over samples' means.
 - One optimiser update for each rollout: GRPO's ratio is 1, so its clip never binds and there are no flags for it. No KL unless --kl-coef.
 - Imitation averages over all tokens of the step's expert answers (2604.23747) and is scored at temperature 1, as baselines.py sft.
 - At the switch of a staged pipeline the policy's AdamW moments are forgotten and the learning rate warms up again, at --switch-lr: stage 2 begins as
@@ -49,8 +49,8 @@ ANCHORED = ("unified", "a-chord", "a-sft", "a-grpo", "shaping")  # with a discri
 @dataclass
 class UniAPLConfig(Config):
     presets = {
-        "tiny": dict(lr=2e-3, discriminator_pairs=512, discriminator_lr=1e-3),
-        "chat": dict(lr=1e-4, discriminator_pairs=256, discriminator_lr=3e-4),
+        "tiny": dict(lr=2e-3, discriminator_pairs=512, discriminator_epochs=4, discriminator_lr=3e-3),
+        "chat": dict(lr=1e-4, discriminator_pairs=256, discriminator_epochs=1, discriminator_lr=3e-4),
     }
     variant: str = setting("unified", "what to optimise, see VARIANTS in uniapl.py", choices=tuple(VARIANTS))
     lambda_adv: float = setting(0.1, "weight of the adversarial part", low=0, high=100)
@@ -66,9 +66,9 @@ class UniAPLConfig(Config):
     aggregate: str = setting("sequence", "L_GRPO: mean of per-sample means (sequence), or over all tokens (token, CHORD's)", choices=("sequence", "token"))
     switch_step: float = setting(0.5, "staged variants: steps in stage 1, or below 1 their share of --steps", above=0, high=10**6)
     switch_lr: float = setting(None, "learning rate of stage 2 [--lr]", above=0, high=1)
-    discriminator: str = setting(None, "polar, embedding, cotrained, or a directory of `uniapl.py discriminator` [polar where the variant uses one, else none]")
+    discriminator: str = setting(None, "polar, embedding, cotrained, or a directory `uniapl.py discriminator` made [polar where the variant has one]")
     discriminator_pairs: int = setting(None, "polar: prompts to learn from at the start, a tenth of them for early stopping", low=10, high=10**6)
-    discriminator_epochs: int = setting(2, "polar: passes over them", low=1, high=1000)
+    discriminator_epochs: int = setting(None, "polar: passes over them", low=1, high=1000)
     discriminator_lr: float = setting(None, "polar, cotrained: learning rate", above=0, high=1)
     discriminator_warmup: int = setting(5, "cotrained: steps that train only the discriminator", low=0, high=10**6)
     parts_every: int = setting(5, "steps between measurements of the gradient's parts, each of which costs a backward pass", low=1, high=10**6)
@@ -143,7 +143,7 @@ def switch_step(c):
         return None
     step = c.switch_step if c.switch_step >= 1 else round(c.switch_step * c.steps)
     if step != int(step) or not 1 <= step < c.steps:
-        raise UserError(f"--switch-step {c.switch_step:g}: of {c.steps} steps, stage 1 must take a whole number from 1 to {c.steps - 1}, or a share of them")
+        raise UserError(f"--switch-step {c.switch_step:g}: of {c.steps} steps, stage 1 takes a whole number from 1 to {c.steps - 1}, or a share of them")
     return int(step)
 
 
@@ -172,13 +172,16 @@ def weights(c, objective, step):
 
 
 class Gradient:
-    """Adds up the step's gradient in p.grad; where `apart`, each part by itself first, for their norms and cosines."""
+    """Adds up a step's gradient in p.grad; where `apart`, each part by itself first, for their norms and cosines."""
 
     def __init__(self, params, apart):
-        self.params, self.apart, self.parts = list(params), apart, {}
+        self.params, self.apart, self.parts, self.loss = list(params), apart, {}, 0.0
 
-    def add(self, **losses):
-        losses = {name: loss for name, loss in losses.items() if torch.is_tensor(loss) and loss.requires_grad}
+    def add(self, **parts):
+        """parts: name=(weight, loss) of one graph. A weight of 0 leaves the loss out, so that it costs no backward pass and no rounding."""
+        losses = {name: weight * loss for name, (weight, loss) in parts.items() if weight}
+        self.loss += sum(float(loss.detach()) for loss in losses.values())
+        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
         if not self.apart:
             if losses:
                 sum(losses.values()).backward()
@@ -204,18 +207,34 @@ class Gradient:
 
 
 def distinct(groups, n, ends):
-    """Distinct-n (Li et al., arXiv 1510.03055) within each prompt's samples: different n-grams over all, mean over prompts; nan if there is none."""
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055) within each prompt's samples: different n-grams over all, mean over prompts; {}: none."""
     shares = []
     for group in groups:
         texts = [[t for t in ids if t not in ends] for ids in group]
         grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
         shares += [len(set(grams)) / len(grams)] if grams else []
-    return sum(shares) / len(shares) if shares else math.nan
+    return {f"distinct/{n}": sum(shares) / len(shares)} if shares else {}
+
+
+def credit(c, objective, batch, D):
+    """What each answer of a batch is worth to preference and imitation, where the objective says so itself.
+
+    -> A (B, G) of the samples, A_y (B, 1) of the expert in the group (luffy), imitated (B, 1) bool: experts that are imitated.
+    """
+    rewards = batch.rewards + c.lambda_adv * D if objective == "shaping" else batch.rewards
+    everyone = torch.ones(len(rewards), 1, dtype=torch.bool, device=rewards.device)
+    if objective == "luffy":
+        return *grpo_advantages(torch.cat([rewards, batch.reference_rewards[:, None]], 1)).split([c.group_size, 1], 1), everyone
+    A = grpo_advantages(rewards)
+    if objective == "hpt":
+        fails = hpt_switch(rewards, c.hpt_threshold)[:, None]
+        return torch.where(fails, 0.0, A), None, fails
+    return A, None, everyone
 
 
 def update(trainer, records):
     """One optimisation step of the variant on B records."""
-    c, policy, sums = trainer.config, trainer.policy, Sums()
+    c, policy, sums, metrics = trainer.config, trainer.policy, Sums(), {}
     stage, (objective, begin, moves) = [(i, s) for i, s in enumerate(stages(c), 1) if s[1] <= trainer.step][-1]
     (w_preference, w_imitation, w_adversarial), mu = weights(c, objective, max(0, trainer.step - moves))
     resting = trainer.step < moves
@@ -223,33 +242,25 @@ def update(trainer, records):
         begin_stage(trainer, begin)
     gradient = Gradient(policy.trainable().values(), apart=trainer.step % c.parts_every == 0)
     experts = [[r["reference_ids"]] for r in records]
-    n_expert = normaliser(completion_mask(experts, policy.device), "token")
-    imitated = torch.ones(len(records), 1, dtype=torch.bool, device=policy.device)  # (B, 1): the experts that count
-    expert_loss = sft_phi_loss if c.phi else sft_loss
-    metrics, loss = {}, 0.0
+    expert_mask = completion_mask(experts, policy.device)  # (B, T)
+    n_expert = normaliser(expert_mask, "token")
+    imitated = torch.ones(len(records), 1, dtype=torch.bool, device=policy.device)
 
     if objective != "sft":  # the policy's own samples: preference and adversarial part
         batch = trainer.rollout(records)
         prompts, samples = batch.prompts, batch.completions
-        metrics |= batch.metrics | {f"distinct/{n}": distinct(samples, n, policy.eos_ids) for n in (1, 2)}
-        rewards, n = batch.rewards, normaliser(completion_mask(samples, policy.device), c.aggregate)
-        A_D = torch.zeros_like(rewards)  # (B, G)
+        metrics |= batch.metrics | distinct(samples, 1, policy.eos_ids) | distinct(samples, 2, policy.eos_ids)
+        D = torch.zeros_like(batch.rewards)  # (B, G)
         if c.discriminator:
             D, seen = discriminator.judge(trainer, kind(c), batch)
-            A_D, metrics = adversarial_advantages(D), metrics | seen
-        if objective == "shaping":
-            rewards = rewards + c.lambda_adv * D
-        if objective == "luffy":  # y joins the group, and the count that both parts are divided by
-            n_expert = n = n + normaliser(completion_mask(experts, policy.device), c.aggregate)
-            A, A_y = grpo_advantages(torch.cat([rewards, batch.reference_rewards[:, None]], 1)).split([c.group_size, 1], 1)
-        else:
-            A = grpo_advantages(rewards)
-        if objective == "hpt":
-            imitated = hpt_switch(rewards, c.hpt_threshold)[:, None]
-            A = torch.where(imitated, 0.0, A)
-            # The token mean over the imitated experts, weighted by their share of the prompts; all of them is SFT, none is GRPO.
-            tokens = sum(len(y[0]) for y, counts in zip(experts, imitated) if counts)
-            n_expert = torch.tensor(max(1, tokens) * len(records) / max(1, int(imitated.sum())))
+            metrics |= seen
+        A_D = adversarial_advantages(D)
+        A, A_y, imitated = credit(c, objective, batch, D)
+        n = normaliser(completion_mask(samples, policy.device), c.aggregate)
+        if objective == "luffy":  # one group, one count
+            n_expert = n = n + normaliser(expert_mask, c.aggregate)
+        if objective == "hpt":  # the token mean over imitated experts, weighted by their share of the prompts: all is SFT, none is GRPO
+            n_expert = (expert_mask & imitated).sum().clamp(min=1) / imitated.float().mean().clamp(min=1e-9)
             metrics["hpt/imitated"] = float(imitated.float().mean())
         for part in trainer.micro_batches(prompts, samples):
             with torch.set_grad_enabled(not resting):
@@ -258,27 +269,24 @@ def update(trainer, records):
                 reference = policy.token_logps(prompts[part], samples[part], c.temperature, role="reference")
             sums.tokens(scored, reference, batch.sampled_logps[part])
             logps, mask = flat(scored.logps), flat(scored.mask)
-            grpo, _ = grpo_loss(logps, None, flat(reference.logps), A[part].flatten(), mask, kl_coef=c.kl_coef, kl="k3_ratio", aggregate=c.aggregate, denominator=n)
-            preference = w_preference * grpo if w_preference else 0.0
-            adversarial = w_adversarial * adversarial_loss(logps, A_D[part].flatten(), mask, A_D.numel()) if w_adversarial else 0.0
-            gradient.add(preference=preference, adversarial=adversarial)
-            loss += float(preference) + float(adversarial)
+            grpo, _ = grpo_loss(logps, None, flat(reference.logps), A[part].flatten(), mask, kl_coef=c.kl_coef, kl="k3_ratio",
+                                aggregate=c.aggregate, denominator=n)
+            adversarial = adversarial_loss(logps, A_D[part].flatten(), mask, denominator=A_D.numel())
+            gradient.add(preference=(w_preference, grpo), adversarial=(w_adversarial, adversarial))
 
     prompts = [r["prompt_ids"] for r in records]
     for part in trainer.micro_batches(prompts, experts):  # the expert's answers: imitation
         with torch.set_grad_enabled(w_imitation > 0 and not resting):
-            scored = policy.token_logps(prompts[part], experts[part])
+            scored = policy.token_logps(prompts[part], experts[part], c.temperature if objective == "luffy" else 1.0)
         sums.add("logp/expert", scored.logps, scored.mask)
         logps, mask = flat(scored.logps), flat(scored.mask)
         if objective == "luffy":
             imitation = luffy_loss(logps, A_y[part].flatten(), mask, aggregate=c.aggregate, denominator=n_expert)
         else:
-            imitation = expert_loss(logps, mask & imitated[part], denominator=n_expert)
-        imitation = w_imitation * imitation if w_imitation else 0.0
-        gradient.add(imitation=imitation)
-        loss += float(imitation)
+            imitation = (sft_phi_loss if c.phi else sft_loss)(logps, mask & imitated[part], denominator=n_expert)
+        gradient.add(imitation=(w_imitation, imitation))
 
-    metrics |= {"length/expert": sum(len(y[0]) for y in experts) / len(experts), "stage": 0 if resting else stage, "loss": loss}
+    metrics |= {"length/expert": float(expert_mask.sum(1).float().mean()), "stage": 0 if resting else stage, "loss": gradient.loss}
     metrics |= gradient.finish() | sums.means() | trainer.optimizer_step() | ({} if mu is None or resting else {"mu": mu})
     return metrics | {"lr": trainer.optimizer.param_groups[0]["lr"]}
 
@@ -323,7 +331,7 @@ def setup(trainer):
 METRICS = {
     "stage": ("-", "1 or 2; 0 while a co-trained discriminator warms up and the policy rests. A dotted line in curves.png marks where it changes"),
     "mu": ("-", "weight of imitation, 1 - mu that of preference; falls by its schedule"),
-    "gradient/imitation": ("-", "norm of imitation's part of the gradient, its weight included; every --parts-every steps. Falls with mu and as y becomes likely"),
+    "gradient/imitation": ("-", "norm of imitation's part of the gradient, its weight included; every --parts-every steps. Falls with mu and as y gets likely"),
     "gradient/preference": ("-", "likewise of preference; 0 while all groups tie"),
     "gradient/adversarial": ("-", "likewise of the adversarial part; should not drown the others"),
     "cosine/imitation_preference": ("-", "cosine between two parts: below 0 they work against each other"),

@@ -89,7 +89,7 @@ def test_phi_weights_without_gradient():
     logps, mask = tokens()
     rows = loops(logps, mask)
     valid = [x for row in rows for x in row]
-    expected = -sum(math.exp(x) * (1 - math.exp(x)) * x for x in valid) / len(valid)
+    expected = -sum(x.detach().exp() * (1 - x.detach().exp()) * x for x in valid) / len(valid)
     assert_same_loss(uniapl.sft_phi_loss(logps, mask), logps, mask, expected, rows)
     certain = torch.tensor([[0.0, math.log(0.5), -50.0]], requires_grad=True)
     (gradient,) = torch.autograd.grad(uniapl.sft_phi_loss(certain, torch.ones(1, 3, dtype=torch.bool)), certain)
@@ -160,9 +160,9 @@ def test_shaping_cancels_lambda_in_a_tied_group():
 
 def test_distinct_n_by_hand():
     groups = [[[5, 6, 3], [5, 6, 7, 3]], [[9, 9, 3], [3]]]  # 3 ends an answer
-    assert uniapl.distinct(groups, 1, [3]) == pytest.approx((3 / 5 + 1 / 2) / 2)
-    assert uniapl.distinct(groups, 2, [3]) == pytest.approx((2 / 3 + 1) / 2)
-    assert math.isnan(uniapl.distinct([[[3], [3]]], 1, [3]))
+    assert uniapl.distinct(groups, 1, [3]) == {"distinct/1": pytest.approx((3 / 5 + 1 / 2) / 2)}
+    assert uniapl.distinct(groups, 2, [3]) == {"distinct/2": pytest.approx((2 / 3 + 1) / 2)}
+    assert uniapl.distinct([[[3], [3]]], 1, [3]) == {}  # NaN would not be JSON
 
 
 # ------------------------------------------------------------------------------------------------------------ the update
@@ -186,10 +186,7 @@ def test_without_the_anchor_it_is_grpo_or_sft_exactly(flags, method, theirs, tok
         one_step(ours), one_step(other)
     theirs = parameters(other)
     for name, p in parameters(ours).items():
-        if "hpt" in flags and method is SFT:  # GRPO's part is 0 * finite, added
-            torch.testing.assert_close(p, theirs[name], rtol=1e-4, atol=1e-6)
-        else:
-            assert torch.equal(p, theirs[name]), name
+        assert torch.equal(p, theirs[name]), name
 
 
 @pytest.mark.parametrize("variant", ("unified", "a-chord"))
@@ -218,12 +215,14 @@ def test_the_step_is_the_gradient_of_uniapl_loss(variant):
 
 
 @pytest.mark.parametrize("flags", (["unified"], ["unified", "--phi", "--aggregate", "token"], ["a-sft"], ["shaping"], ["ptx"], ["luffy"],
-                                   ["luffy", "--aggregate", "token"], ["hpt", "--hpt-threshold", 0.9], ["unified", "--discriminator", "cotrained", "--discriminator-warmup", 0]))
+                                   ["luffy", "--aggregate", "token"], ["hpt", "--hpt-threshold", 0.9],
+                                   ["unified", "--discriminator", "cotrained", "--discriminator-warmup", 0]))
 def test_gradient_does_not_depend_on_the_micro_batch(flags):
     """Nor on whether the parts are measured apart. Denominators are the step's: means of means favour tokens in short company."""
     runs = []
     for tokens, every in ((1, 1), (10**6, 3)):
-        t = trainer(*flags, "--lambda-adv", 0.5, "--micro-batch-tokens", tokens, "--parts-every", every, *([] if "--discriminator" in flags else ["--discriminator", "embedding"]))
+        embedding = [] if "--discriminator" in flags else ["--discriminator", "embedding"]
+        t = trainer(*flags, *embedding, "--lambda-adv", 0.5, "--micro-batch-tokens", tokens, "--parts-every", every)
         randomise(t)
         t.step = 1
         runs.append(gradients(t))
@@ -323,36 +322,40 @@ def test_one_step_moves_the_policy_and_logs_what_is_defined(variant):
 
 # ------------------------------------------------------------------------------------------------------------ the script
 
-def script(*flags):
-    return subprocess.run([sys.executable, ROOT / "uniapl.py", *map(str, flags)], capture_output=True, text=True, cwd=ROOT)
+FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
+EXTRA = [["--discriminator", "cotrained", "--discriminator-warmup", "1"], ["--variant", "chord", "--phi"]]
 
 
-@pytest.mark.parametrize("flags", [["--variant", variant] for variant in VARIANTS] + [["--discriminator", "cotrained"], ["--variant", "chord", "--phi"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [["--variant", variant] for variant in VARIANTS] + EXTRA, ids=" ".join)
 def test_every_variant_trains_and_saves(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["uniapl.py"])
-    assert uniapl.command_line([*SMALL, *FEW, *flags, "--discriminator-warmup", "1", "--out", str(tmp_path / "run")]) == 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
+    assert uniapl.command_line([*SMALL, *FEW, *flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4] and json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "uniapl"
+    assert [line["step"] for line in lines] == [0, 1, 2] and "eval/reward" in lines[2]
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "uniapl"
     adapter = safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert not any("discriminator" in name for name in adapter) and any(p.any() for n, p in adapter.items() if "lora_B" in n)
 
 
-def test_script_with_a_discriminator_of_its_own(tmp_path):
-    process = script("discriminator", "--model", "tiny", "--pairs", 30, "--test-pairs", 20, "--epochs", 1, "--out", tmp_path / "D")
+def test_script_with_a_discriminator_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["uniapl.py"])
+    make = ["discriminator", "--model", "tiny", "--out", str(tmp_path / "D")]
+    assert uniapl.command_line([*make, "--pairs", "30", "--test-pairs", "20", "--epochs", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "told the expert from the policy on held-out prompts" in said and "length alone" in said
+    assert uniapl.command_line(make) == 2 and "exists already" in capsys.readouterr().err
+    process = subprocess.run([sys.executable, ROOT / "uniapl.py", *SMALL, "--steps", "1", "--discriminator", tmp_path / "D", "--out", tmp_path / "run"],
+                             capture_output=True, text=True, cwd=ROOT)
     assert process.returncode == 0, process.stderr
-    assert "told the expert from the policy on held-out prompts" in process.stdout and "length alone" in process.stdout
-    process = script(*SMALL, "--discriminator", tmp_path / "D", "--out", tmp_path / "run")
-    assert process.returncode == 0, process.stderr
-    lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    assert "score/accuracy" in lines[1] and "discriminator:" not in process.stdout
-    again = script("discriminator", "--model", "tiny", "--out", tmp_path / "D")
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "exists already" in again.stderr
+    assert "score/accuracy" in read_jsonl(tmp_path / "run" / "metrics.jsonl")[1] and "discriminator:" not in process.stdout
 
 
-@pytest.mark.parametrize("stop", (1, 2, 3))
-@pytest.mark.parametrize("flags", (["--variant", "a-sft-a-grpo", "--discriminator", "cotrained", "--discriminator-warmup", "1", "--switch-step", "2"],
-                                   ["--variant", "sft-a-grpo"]), ids=("cotrained", "polar"))
+@pytest.mark.parametrize("stop, flags", (
+    (1, ["--variant", "a-sft-a-grpo", "--discriminator", "cotrained", "--discriminator-warmup", "1", "--switch-step", "2"]),  # after the warm-up
+    (2, ["--variant", "a-sft-a-grpo", "--discriminator", "cotrained", "--discriminator-warmup", "1", "--switch-step", "2"]),  # at the switch
+    (3, ["--variant", "sft-a-grpo"]),
+), ids=("cotrained", "switch", "polar"))
 def test_resumed_is_the_run_that_never_stopped(flags, stop, tmp_path, monkeypatch):
     """Over the warm-up and the switch; a polar discriminator comes from the checkpoint and is not trained again."""
     flags = [*SMALL, *FEW, *flags]
@@ -369,8 +372,8 @@ def test_resumed_is_the_run_that_never_stopped(flags, stop, tmp_path, monkeypatc
     a, b = (safetensors.torch.load_file(tmp_path / run / "checkpoint.safetensors") for run in ("whole", "stopped"))
     assert a.keys() == b.keys() and "param/discriminator_head.weight" in a and all(torch.equal(a[k], b[k]) for k in a)
     assert ("exp_avg/discriminator_head.weight" in a) == ("cotrained" in flags)
-    logs = [[{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("whole", "stopped")]
-    assert logs[0] == logs[1]
+    logs = [read_jsonl(tmp_path / run / "metrics.jsonl") for run in ("whole", "stopped")]
+    assert len({str([{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in log]) for log in logs}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
@@ -378,8 +381,9 @@ def test_resumed_is_the_run_that_never_stopped(flags, stop, tmp_path, monkeypatc
 @pytest.mark.parametrize("flags, said", [
     (["--variant", "sft-grpo", "--switch-step", "4"], "--switch-step 4"), (["--variant", "sft-grpo", "--switch-step", "1.5"], "--switch-step 1.5"),
     (["--variant", "sft-grpo", "--switch-step", "0.05"], "--switch-step 0.05"), (["--variant", "sft-grpo", "--switch-step", "0"], "--switch-step"),
-    (["--variant", "grpo"], "--variant"), (["--mu", "1.1"], "--mu"), (["--variant", "a-grpo", "--mu", "0.1"], "--mu is for"), (["--variant", "ptx", "--phi"], "--phi is for"),
-    (["--lambda-adv", "-1"], "--lambda-adv"), (["--discriminator", "nowhere"], "--discriminator nowhere"), (["--discriminator", "data/tiny"], "made by python uniapl.py discriminator"),
+    (["--variant", "grpo"], "--variant"), (["--mu", "1.1"], "--mu"), (["--variant", "a-grpo", "--mu", "0.1"], "--mu is for"),
+    (["--variant", "ptx", "--phi"], "--phi is for"), (["--lambda-adv", "-1"], "--lambda-adv"), (["--discriminator", "nowhere"], "--discriminator nowhere"),
+    (["--discriminator", "data/tiny"], "made by python uniapl.py discriminator"),
     (["--discriminator", "cotrained", "--discriminator-warmup", "4"], "--discriminator-warmup 4"), (["--max-new-tokens", "220"], "context"),
 ])
 def test_bad_settings(flags, said, tmp_path, capsys):
