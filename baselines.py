@@ -22,6 +22,7 @@ value nor gradient. `parts` are detached scalars. Every loss is a sum over a cou
 `n = normaliser(mask, aggregate)`, and pass `denominator=n` with each micro-batch; gradients then add up to the step's, however it was cut.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 
@@ -284,7 +285,7 @@ def flat(x):  # (B, G, T) -> (N, T), the shape of the losses
 
 @dataclass
 class SFTConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, steps=300), "chat": dict(lr=1e-4)}
+    presets = {"tiny": dict(lr=1e-3, steps=400), "chat": dict(lr=1e-4)}
     per_response: bool = setting(False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens")
 
 
@@ -305,7 +306,7 @@ def sft_update(trainer, records):
 
 @dataclass
 class DPOConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, beta=0.5), "chat": dict(lr=1e-4, beta=0.1)}
+    presets = {"tiny": dict(lr=1e-3, beta=0.5, steps=200), "chat": dict(lr=1e-4, beta=0.1)}
     beta: float = setting(None, "how firmly the reference holds the policy", above=0, high=100)
     label_smoothing: float = setting(0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5)
 
@@ -315,17 +316,17 @@ def dpo_update(trainer, records):
     c, policy, sums, B = trainer.config, trainer.policy, Sums(), len(records)
     trainer.note("DPO trains a difference: log-probs of chosen answers may fall (logp/chosen) while those of rejected ones fall faster. That is normal.")
     prompts, pairs = [r["prompt_ids"] for r in records], [[r["reference_ids"], r["rejected_ids"]] for r in records]
+    index = [r["record_index"] for r in records]
+    # Kept in the checkpoint too: scored again in another micro-batch they would round otherwise.
+    frozen = trainer.kept.setdefault("reference_logps", torch.full((len(trainer.records), 2), math.nan, device=policy.device))
     for part in trainer.micro_batches(prompts, pairs):
-        new = [i for i in range(B)[part] if "frozen_logps" not in records[i]]  # the others are known from an earlier pass over the data
-        if new:
+        if new := [i for i in range(B)[part] if frozen[index[i], 0].isnan()]:  # the others are known from an earlier pass over the data
             with torch.no_grad():
-                frozen = policy.token_logps([prompts[i] for i in new], [pairs[i] for i in new], role="reference")
-            for i, logps in zip(new, frozen.logps.sum(-1)):
-                records[i]["frozen_logps"] = logps  # (2,)
+                scored = policy.token_logps([prompts[i] for i in new], [pairs[i] for i in new], role="reference")
+            frozen[[index[i] for i in new]] = scored.logps.sum(-1)
         scored = policy.token_logps(prompts[part], pairs[part])
-        ref_chosen, ref_rejected = torch.stack([r["frozen_logps"] for r in records[part]]).unbind(1)
         chosen, rejected = scored.logps.sum(-1).unbind(1)
-        loss, r_chosen, r_rejected = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, c.beta, c.label_smoothing, denominator=B)
+        loss, r_chosen, r_rejected = dpo_loss(chosen, rejected, *frozen[index[part]].unbind(1), c.beta, c.label_smoothing, denominator=B)
         loss.backward()
         margin = r_chosen - r_rejected
         values = {"logp/chosen": chosen, "logp/rejected": rejected, "dpo/chosen": r_chosen, "dpo/rejected": r_rejected, "dpo/margin": margin,

@@ -20,12 +20,20 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TINY = Path(__file__).parent / "data" / "tiny"
 
 
+GLIBC = ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
+
+
 def keep_freed_memory():
     """Have glibc keep freed memory for the next tensor: given back and mapped anew, every large temporary costs its page faults."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if GLIBC:
+        GLIBC.mallopt(M_MMAP_MAX, 0)
+        GLIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def trim_memory():
+    """Give back what has been freed, once in a while: tensors of ever other lengths leave holes, and the process would grow for hours."""
+    if GLIBC:
+        GLIBC.malloc_trim(0)
 
 
 def pick_device(device):

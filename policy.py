@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 from data import UserError
 from models import find_model, first_line, keep_freed_memory, pick_device, pick_dtype, quiet, whole_directory
@@ -38,6 +40,8 @@ from scoring import ChunkedLogProb, Pack, Scored, lora_forward
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+PASS_TOKENS = 4608  # completion tokens in one forward and backward pass: 8 samples of 512 and a reference answer; see Policy.in_passes
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -257,24 +261,44 @@ class Policy:
         prompts: B lists of ids; completions: B lists of G lists of ids (EOS included where the answer ended). temperature divides the
         logits, as in sampling: scores and samples must speak of one distribution. Peak memory does not grow with tokens x vocabulary.
         """
+        return Scored(*self.in_passes(partial(self._token_logps, temperature=temperature, role=role), prompts, completions))
+
+    def _token_logps(self, prompts, completions, temperature, role):
         pack = Pack(prompts, completions, self.device)
         with self.role(role):
             hidden = self.hidden(pack)
             head = self.hf.get_output_embeddings()
             states = hidden.index_select(0, pack.source[pack.mask])  # (valid tokens, D)
             logp, entropy = ChunkedLogProb.apply(states.to(head.weight.dtype), head.weight, head.bias, pack.targets[pack.mask], temperature)
-        shape = (pack.B, pack.G, -1)
-        dense = [torch.zeros(pack.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(pack.mask, x) for x in (logp, entropy)]
-        return Scored(dense[0].view(shape), pack.mask.view(shape), dense[1].view(shape))
+        return pack.dense(logp), pack.mask.view(pack.B, pack.G, -1), pack.dense(entropy)
+
+    def in_passes(self, score, prompts, completions):
+        """score(prompts, completions) -> (B, G, T) tensors, for part of every group at a time where the groups have more than PASS_TOKENS tokens.
+
+        Each pass is computed again in the backward pass, so what is kept for it is that of one pass, whatever the group's size and length.
+        Other methods need not know: the value and the gradient are those of the whole group, for the time of one more forward pass.
+        """
+        tokens, G = sum(len(c) for group in completions for c in group), max(map(len, completions), default=1)
+        if tokens <= PASS_TOKENS or G == 1:
+            return score(prompts, completions)
+        size = math.ceil(G / math.ceil(tokens / PASS_TOKENS))  # completions of a group in a pass
+        T = max(len(c) for group in completions for c in group)
+        passes = []
+        for i in range(0, G, size):
+            part = [group[i : i + size] for group in completions]
+            out = checkpoint(score, prompts, part, use_reentrant=False, preserve_rng_state=False)
+            passes.append([torch.nn.functional.pad(x, (0, T - x.shape[-1])) for x in out])
+        return [torch.cat(x, 1) for x in zip(*passes)]
 
     def token_values(self, prompts, completions, role="value"):
         """A role's scalar in the state before each completion token -> values (B, G, T) fp32, 0 where masked, and mask (B, G, T)."""
+        return tuple(self.in_passes(partial(self._token_values, role=role), prompts, completions))
+
+    def _token_values(self, prompts, completions, role):
         pack = Pack(prompts, completions, self.device)
         with self.role(role):
             states = self.hidden(pack).index_select(0, pack.source[pack.mask])  # (valid tokens, D)
-        values = self.heads[role](states.float())[:, 0]
-        dense = torch.zeros(pack.mask.shape, device=self.device).masked_scatter(pack.mask, values)
-        return dense.view(pack.B, pack.G, -1), pack.mask.view(pack.B, pack.G, -1)
+        return pack.dense(self.heads[role](states.float())[:, 0]), pack.mask.view(pack.B, pack.G, -1)
 
     def sequence_scores(self, prompts, completions, role="reward"):
         """A role's scalar in the state after the last token of each completion (its EOS) -> (B, G) fp32, with gradient where the role trains."""

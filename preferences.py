@@ -183,8 +183,8 @@ def by_length(better, worse, lengths, parts=5):
     edges = np.unique(np.quantile(longer, np.linspace(0, 1, parts + 1), method="nearest"))
     which = np.clip(np.searchsorted(edges, longer, side="right") - 1, 0, max(len(edges) - 2, 0))
     right = (d > 0) + 0.5 * (d == 0)
-    return [{"from": int(longer[which == b].min()), "to": int(longer[which == b].max()), "n": int((which == b).sum()), "accuracy": float(right[which == b].mean())}
-            for b in sorted(set(which))]
+    parts = [which == b for b in sorted(set(which))]
+    return [{"from": int(longer[p].min()), "to": int(longer[p].max()), "n": int(p.sum()), "accuracy": float(right[p].mean())} for p in parts]
 
 
 def measures(scores, lengths):
@@ -207,8 +207,9 @@ def report_pairs(name, m):
     rows = [("this reward model", m["accuracy"], m["interval"]), ("the longer one wins (tokens)", m["longer_wins"], m["longer_wins_interval"])]
     text += f"  {'accuracy [95 % interval]':<34}\n"
     text += "".join(f"    {label:<32}{value:.3f} [{low:.3f}, {high:.3f}]\n" for label, value, (low, high) in rows) + f"    {'random':<32}0.500\n"
-    text += f"  prefers the longer answer of a pair: {m['prefers_longer']:.3f}; correlation of the differences in score and in length: {m['correlation_with_length']:+.2f}\n"
-    text += "  accuracy by tokens(chosen) - tokens(rejected): " + ", ".join(f"{b['from']}..{b['to']}: {b['accuracy']:.2f} ({b['n']})" for b in m["by_length"]) + "\n"
+    text += f"  prefers the longer answer of a pair: {m['prefers_longer']:.3f}; score and length differences correlate: {m['correlation_with_length']:+.2f}\n"
+    bins = ", ".join(f"{b['from']}..{b['to']}: {b['accuracy']:.2f} ({b['n']})" for b in m["by_length"])
+    text += f"  accuracy by tokens(chosen) - tokens(rejected): {bins}\n"
     text += f"  expected calibration error {m['calibration']['ece']:.3f}; scores (mean, deviation): chosen {m['chosen_mean']:.2f}, {m['chosen_std']:.2f}; "
     return text + f"rejected {m['rejected_mean']:.2f}, {m['rejected_std']:.2f}"
 
@@ -225,6 +226,7 @@ def check_unknown(policy, prompts, config):
 
 def train_command(config):
     out, level = Path(config.out), "tiny" if config.model == "tiny" else "chat"
+    versions = environment()  # before training: the tree may change meanwhile
     if out.exists() and not config.overwrite:
         raise UserError(f"{out} exists already: choose another --out, or --overwrite it")
     if out.exists() and not (out / "reward_model.json").is_file():
@@ -248,13 +250,16 @@ def train_command(config):
     random.Random(config.seed).shuffle(training)  # of several files, each has its share of --train-pairs
     training, stop = set_apart(training, min(config.stop_pairs, len(training) // 10), config.seed)
     training = training[: config.train_pairs or None]
-    pairs, held_out = (
-        [(policy.encode_prompt(r["prompt"]), policy.encode_answer(r["chosen"]), policy.encode_answer(r["rejected"]), r.get("margin", config.margin)) for r in part]
-        for part in (training, stop)
-    )
+
+    def encoded(r):
+        return policy.encode_prompt(r["prompt"]), policy.encode_answer(r["chosen"]), policy.encode_answer(r["rejected"]), r.get("margin", config.margin)
+
+    pairs, held_out = ([encoded(r) for r in part] for part in (training, stop))
     check_unknown(policy, [p[0] for p in pairs], config)
-    print(f"reward model · {config.model} · {config.quantize} {str(policy.dtype).split('.')[-1]} on {policy.device} · learns from {len(pairs)} pairs, stops by {len(held_out)}, "
-          f"is measured on {', '.join(f'{len(records)} of {name}' for name, records in measured.items())}; the three share no dialogue", flush=True)
+    kind = "nf4" if config.quantize == "nf4" else str(policy.dtype).split(".")[-1]
+    on = ", ".join(f"{len(records)} of {name}" for name, records in measured.items())
+    print(f"reward model · {config.model} · {kind} on {policy.device} · learns from {len(pairs)} pairs, stops by {len(held_out)}, is measured on {on}; "
+          "the three share no dialogue", flush=True)
 
     def log(line):
         print(" · ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
@@ -274,9 +279,9 @@ def train_command(config):
     info = {
         "base": "tiny" if config.model == "tiny" else str(config.model), "tokenizer": tokenizer_print(policy.tokenizer),
         "scores": {"mean": float(np.mean(everything)), "std": float(np.std(everything))},
-        "split": {"statement": "the pairs learnt from, stopped by and measured on share no dialogue (prompts that open with the same user message)", "training": len(pairs),
-                  "stop": len(held_out), "measured": {name: len(records) for name, records in measured.items()}, "left_out": left},
-        "evaluation": results, "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite")}, "environment": environment(),
+        "split": {"statement": "the pairs learnt from, stopped by and measured on share no dialogue (prompts that open with the same user message)",
+                  "training": len(pairs), "stop": len(held_out), "measured": {name: len(records) for name, records in measured.items()}, "left_out": left},
+        "evaluation": results, "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite")}, "environment": versions,
     }
     with whole_directory(out) as tmp:
         policy.save_role("reward", tmp)
@@ -373,8 +378,8 @@ def print_position(cases, judge):
     odds, said = judge.log_odds(*zip(*cases))
     first = np.mean([[row[0] > 0, row[1] < 0] for row in odds.tolist()])  # the answer shown as A wins
     verdicts = np.array([verdict(row) for row in odds.tolist()])
-    print(f"  position bias: reply A wins {first:.3f} of the questions (0.5: none), the two orders agree on {np.mean(verdicts != 0):.3f} of {len(cases)} pairs; "
-          f"A or B have {said:.3f} of the probability")
+    print(f"  position bias: reply A wins {first:.3f} of the questions (0.5: none); the orders agree on {np.mean(verdicts != 0):.3f} of {len(cases)} pairs; "
+          f"A and B have {said:.3f} of the probability")
     return verdicts
 
 

@@ -186,9 +186,9 @@ def report(before, after):
         text += f"  {kind:<30}{met[0][0]:>24.2f}{met[1][0]:>24.2f}{met[2][0]:>14.2f}{met[0][1]:>6}\n"
     for i in range(min(4, len(after))):
         prompt = after[i]["prompt"] if isinstance(after[i]["prompt"], str) else after[i]["prompt"][-1]["content"]
-        text += f"\nprompt     {shown(prompt)}\nreference  {shown(after[i]['reference'])}  ({after[i]['reference_reward']:g})\n"
+        text += f"\nprompt     {shown(prompt)}\nreference  {shown(after[i]['reference'])}  ({after[i]['reference_reward']:.3g})\n"
         for name, s in (("before", before[i]), ("after", after[i])):
-            text += f"{name:<10} {shown(s['completion'])}  ({s['reward']:g})\n"
+            text += f"{name:<10} {shown(s['completion'])}  ({s['reward']:.3g})\n"
     return text
 
 

@@ -35,7 +35,7 @@ class Cache:
     """Keys and values of R rows and up to S positions. Rows are left-padded: all write to the same slot, positions differ."""
 
     def __init__(self, layers, rows, heads, slots, width, dtype, device):
-        self.kv = torch.zeros(layers, 2, rows, heads, slots, width, dtype=dtype, device=device)
+        self.kv = [torch.zeros(2, rows, heads, slots, width, dtype=dtype, device=device) for _ in range(layers)]
         self.slot, self.length = 0, slots
         self.mask = None  # (R, S) bool, False on left padding; None if there is none
 
@@ -58,17 +58,19 @@ class Cache:
 
     def fan_out(self, group_size, slots):
         """The cache of the samples: each row's prompt copied group_size times, with room for `slots` positions."""
-        layers, _, rows, heads, length, width = self.kv.shape
-        big = Cache(layers, rows * group_size, heads, slots, width, self.kv.dtype, self.kv.device)
-        big.kv.view(layers, 2, rows, group_size, heads, slots, width)[..., :length, :] = self.kv.unsqueeze(3)
+        _, rows, heads, length, width = self.kv[0].shape
+        big = Cache(len(self.kv), rows * group_size, heads, slots, width, self.kv[0].dtype, self.kv[0].device)
+        for small, large in zip(self.kv, big.kv):
+            large.view(2, rows, group_size, heads, slots, width)[..., :length, :] = small.unsqueeze(2)
         if self.mask is not None:
             big.mask = F.pad(self.mask.repeat_interleave(group_size, 0), (0, slots - length), value=True)
         big.slot = self.slot
         return big
 
     def keep(self, rows):
-        """Drop all rows but these (index tensor)."""
-        self.kv = self.kv.index_select(2, rows)
+        """Drop all rows but these (index tensor). A layer at a time: two whole caches at once would be the peak of a step."""
+        for i, kv in enumerate(self.kv):
+            self.kv[i] = kv.index_select(1, rows)
         self.mask = None if self.mask is None else self.mask.index_select(0, rows)
 
 
@@ -88,7 +90,7 @@ class LlamaDecoder:
         for layer in self.model.layers:
             a, m = layer.self_attn, layer.mlp
             self.groups.append([[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]])
-        self.weights = [[None] * len(groups) for groups in self.groups]
+        self.weights = None
         self.biases = [[self.fused_bias(g) for g in groups] for groups in self.groups]
 
     @staticmethod
@@ -106,10 +108,11 @@ class LlamaDecoder:
 
     def refresh(self):
         """Merge the current adapters into the copy. In fp32, then rounded once."""
-        for i, groups in enumerate(self.groups):
-            for j, group in enumerate(groups):
-                fused = torch.cat([merged_weight(p).to(self.dtype) for p in group])
-                self.weights[i][j] = prepack(fused)
+        self.weights = [[prepack(torch.cat([merged_weight(p).to(self.dtype) for p in group])) for group in groups] for groups in self.groups]
+
+    def release(self):
+        """Give the copy's memory to training: the next rollout needs a new one anyway."""
+        self.weights = None
 
     def forward(self, ids, positions, cache):
         """ids, positions (R, n) -> hidden states (R, n, D); keys and values go to the cache."""
@@ -145,6 +148,9 @@ class HFDecoder:
         self.width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def refresh(self):
+        pass
+
+    def release(self):
         pass
 
     def forward(self, ids, positions, cache):
@@ -210,13 +216,13 @@ class Sampler:
         self.decoder = LlamaDecoder(hf) if LlamaDecoder.supports(hf) else HFDecoder(hf)
         self.device = hf.get_input_embeddings().weight.device
         self.eos = torch.tensor(eos_ids, device=self.device)
-        head = hf.get_output_embeddings()
-        self.head, self.head_bias = prepack(head.weight.detach()), head.bias
 
     @torch.no_grad()
     def generate(self, prompts, group_size, max_new_tokens, temperature, seed):
         """See policy.Policy.generate."""
+        head = self.hf.get_output_embeddings()
         self.decoder.refresh()
+        self.head, self.head_bias = prepack(head.weight.detach()), head.bias
         rows = len(prompts) * group_size
         # Drawn on the CPU: the same numbers on every device.
         uniform = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float().clamp_(max=1 - 2**-24)
@@ -232,6 +238,8 @@ class Sampler:
                 rollout.completions.append([tokens[r, : lengths[r]].tolist() for r in rows])
                 rollout.logps.append([logps[r, : lengths[r]].tolist() for r in rows])
                 rollout.truncated.append([not ended[r] for r in rows])
+        self.decoder.release()
+        self.head = None
         return rollout
 
     def decode(self, prompts, group_size, temperature, uniform):

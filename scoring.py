@@ -55,6 +55,7 @@ class ChunkedLogProb(torch.autograd.Function):
             total = e.sum(-1)
             logp[chunk] = z.gather(-1, y[:, None])[:, 0] - total.log()
             entropy[chunk] = total.log() - torch.linalg.vecdot(e, z) / total  # log sum e^z - sum p z
+            del z  # a third of the chunk's memory, before the next copy is made
             if grad is not None:
                 mean = (e.to(weight.dtype) @ weight) / total[:, None]  # sum_v p_v W_v
                 grad[chunk] = (weight[y] - mean) / temperature
@@ -164,6 +165,10 @@ class Pack:
             x.to(device) for x in (positions, p_index, c_index, source, c_mask, attend, back, last)
         )
         self.targets = self.ids[0][self.c_index]  # (B*G, T)
+
+    def dense(self, x):
+        """One number for each completion token, in the order of `mask` -> (B, G, T), 0 elsewhere."""
+        return torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(self.mask, x).view(self.B, self.G, -1)
 
     def attend(self, layer, q, k, v, scaling):
         """q (1, H, N, d), k and v (1, K, N, d) -> (1, N, H, d): attention within each group, the prompt's part computed once."""

@@ -24,8 +24,8 @@ def setting(default, help, low=None, high=None, choices=None, above=None):
 
 # What a setting left at None becomes: by the model, because a model of 1.3 M parameters and a chat model differ in everything.
 PRESETS = {
-    "tiny": dict(quantize="nf4", steps=100, prompts_per_step=32, max_new_tokens=24, lr=1e-3, eval_prompts=256, eval_every=25),
-    "chat": dict(quantize=None, steps=200, prompts_per_step=4, max_new_tokens=128, lr=1e-4, eval_prompts=64, eval_every=50),
+    "tiny": dict(quantize="nf4", steps=100, prompts_per_step=32, max_new_tokens=24, lr=1e-3, micro_batch_tokens=2048, eval_prompts=1000, eval_every=25),
+    "chat": dict(quantize=None, steps=200, prompts_per_step=4, max_new_tokens=128, lr=1e-4, micro_batch_tokens=1024, eval_prompts=64, eval_every=50),
 }
 
 
@@ -54,7 +54,7 @@ class Config:
     lora_alpha: int = setting(32, "LoRA scale times rank", low=1, high=4096)
     from_adapter: str = setting(None, "start from this saved adapter (a directory)")
     reference: str = setting("adapter", "with --from-adapter, the frozen reference: that adapter, or the base", choices=("adapter", "base"))
-    micro_batch_tokens: int = setting(2048, "tokens per backward pass, at least one prompt group; does not change the gradient", low=1, high=10**7)
+    micro_batch_tokens: int = setting(None, "tokens per backward pass, at least one prompt group; does not change the gradient", low=1, high=10**7)
     gradient_checkpointing: str = setting("auto", "on: recompute activations in the backward pass, less memory for more time; auto: on with a GPU", choices=("auto", "on", "off"))
     max_prompt_tokens: int = setting(0, "leave out records with a longer prompt, tokens (0: no limit)", low=0, high=10**6)
     max_reference_tokens: int = setting(0, "leave out records with a longer reference answer, tokens (0: no limit)", low=0, high=10**6)
@@ -179,4 +179,6 @@ METRICS = {
     "eval/median": ("reward", "median"),
     "eval/q75": ("reward", "upper quartile"),
     "eval/reference": ("reward", "mean reward of the held-out references"),
+    "eval/kl": ("nats/answer", "KL(pi || ref) of whole answers to held-out prompts: mean of log pi - log pi_ref of the samples; 0 at the start"),
+    "eval/logp_reference": ("nats/token", "mean J_imit of the held-out references, at the sampling temperature; rises while the policy imitates"),
 }

@@ -22,12 +22,14 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, load_records
-from models import first_line
+from models import first_line, trim_memory
 from plots.curves import draw_curves
 from policy import Policy
 from record import RunFolder, peak_memory, read_jsonl, report, summary
 from reward import checked_rewards, load_model_reward, verifier
 from settings import check_settings, parse
+
+TRIM_EVERY = 10  # steps; at every step it would cost a tiny model a fifth of its time
 
 
 class Sums:
@@ -103,6 +105,7 @@ class Trainer:
         self.reward_fn = self.reward_fn or load_model_reward(config, self.policy)
         self.encode_all(wanted)
         self.params, self.param_groups = {}, []
+        self.kept = {}  # tensors of a method's own that its next steps depend on
         self.train_parameters(self.policy.trainable(), config.lr)
         self.tokens_generated = 0
         if method.setup:
@@ -141,7 +144,7 @@ class Trainer:
                     )
                 tokens += len(ids)
                 unknown += ids.count(policy.tokenizer.unk_token_id) if policy.tokenizer.unk_token_id is not None else 0
-                kept.append(record | {"prompt_ids": ids, **answers})
+                kept.append(record | {"prompt_ids": ids, "record_index": len(kept), **answers})
             if not kept:
                 raise UserError(f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-reference-tokens")
             setattr(self, part, kept)
@@ -167,7 +170,7 @@ class Trainer:
 
     def rewards(self, records, completions, truncated):
         """Rewards of one text for each record -> list[float]."""
-        skip = {"prompt", "prompt_ids", "reference_ids", "rejected_ids"}
+        skip = {"prompt", "prompt_ids", "reference_ids", "rejected_ids", "record_index"}
         names = {name for record in records for name in record} - skip
         columns = {name: [record.get(name) for record in records] for name in names} | {"truncated": truncated}
         return checked_rewards(self.reward_fn, [r["prompt"] for r in records], completions, columns)
@@ -243,19 +246,32 @@ class Trainer:
         """One sample for each held-out prompt, the same draws every time -> list of dicts as in samples.jsonl."""
         rollout, texts, rewards = self.sample(self.held_out, 1, seed=2**31 + self.config.seed)
         reference_rewards = self.reference_rewards(self.held_out).tolist()
+        kl, logp_reference = self.held_out_logps(rollout.completions)
         return [
             {"step": self.step, "prompt": r["prompt"], "reference": r["chosen"], "completion": text, "reward": float(reward),
-             "reference_reward": reference, "tokens": len(ids[0]), "truncated": cut[0],
-             **({"constraints": r["constraints"]} if "constraints" in r else {})}
-            for r, text, reward, reference, ids, cut in zip(
-                self.held_out, texts, rewards[:, 0], reference_rewards, rollout.completions, rollout.truncated)
+             "reference_reward": reference, "tokens": len(ids[0]), "truncated": cut[0], "kl": kl[i], "logp_reference": logp_reference[i],
+             "reference_tokens": len(r["reference_ids"]), **({"constraints": r["constraints"]} if "constraints" in r else {})}
+            for i, (r, text, reward, reference, ids, cut) in enumerate(zip(
+                self.held_out, texts, rewards[:, 0], reference_rewards, rollout.completions, rollout.truncated))
         ]
+
+    @torch.no_grad()
+    def held_out_logps(self, completions):
+        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi || ref); and J_imit of its reference."""
+        prompts = [r["prompt_ids"] for r in self.held_out]
+        members = [[ids[0], r["reference_ids"]] for ids, r in zip(completions, self.held_out)]
+        kl, logp_reference = [], []
+        for part in self.micro_batches(prompts, members):
+            scored, frozen = (self.policy.token_logps(prompts[part], members[part], self.config.temperature, role) for role in ("policy", "reference"))
+            kl += (scored.logps - frozen.logps)[:, 0].sum(-1).tolist()
+            logp_reference += scored.sequence_mean()[:, 1].tolist()
+        return kl, logp_reference
 
     # -- state --------------------------------------------------------------------------------------------------------------------
 
     def state(self):
         """Everything the next step depends on, as tensors, for one safetensors file."""
-        tensors = {"rng": torch.get_rng_state()}
+        tensors = {"rng": torch.get_rng_state()} | {f"kept/{name}": tensor for name, tensor in self.kept.items()}
         for name, p in self.params.items():
             tensors[f"param/{name}"] = p.detach()
             for key, value in self.optimizer.state.get(p, {}).items():
@@ -265,6 +281,7 @@ class Trainer:
     def load_state(self, tensors, meta):
         self.step, self.tokens_generated = meta["step"], meta["tokens_generated"]
         torch.set_rng_state(tensors["rng"])
+        self.kept = {k.removeprefix("kept/"): v.to(self.policy.device) for k, v in tensors.items() if k.startswith("kept/")}
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(tensors[f"param/{name}"])
@@ -363,6 +380,8 @@ def run(method, given, reward_fn=None):
                 if due:
                     after = trainer.evaluate()
                     metrics |= evaluation(after)
+                if trainer.step % TRIM_EVERY == 0:
+                    trim_memory()
                 folder.log({"step": trainer.step} | metrics)
                 bar.set_postfix_str(postfix(metrics))
                 bar.update()
@@ -393,7 +412,9 @@ PANELS = [
 
 def evaluation(samples):
     s = summary(samples)
-    return {f"eval/{name}": s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")}
+    means = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_reference")}
+    measures = {name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")} | means
+    return {f"eval/{name}": value for name, value in measures.items()}
 
 
 def postfix(metrics):

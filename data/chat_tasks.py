@@ -232,19 +232,25 @@ def answer(rng, topic, kinds, constraints, met):
     return text
 
 
+def answer_again(record, met, rng):
+    """answer() for a record of chat_tasks."""
+    topic = next(topic for topic in TOPICS if topic["about"] == record["about"])
+    constraints = record["constraints"]
+    kinds = [f"{c['type']} {c['relation']}" if c["type"] in ("words", "sentences") else c["type"] for c in constraints]
+    return answer(rng, topic, kinds, constraints, met)
+
+
 def another_answer(record, rng):
     """A second reference (str) for a record of chat_tasks, made as its `chosen` was and never equal to it.
 
     Where one sentence in one form is all that meets a constraint, it is one that misses it.
     """
-    topic = next(topic for topic in TOPICS if topic["about"] == record["about"])
-    constraints = record["constraints"]
-    kinds = [f"{c['type']} {c['relation']}" if c["type"] in ("words", "sentences") else c["type"] for c in constraints]
     for rate in [CHOSEN_RATE] * 20 + [0.0] * 20:
-        text = answer(rng, topic, kinds, constraints, [rng.random() < rate for _ in kinds])
+        text = answer_again(record, [rng.random() < rate for _ in record["constraints"]], rng)
         if text != record["chosen"]:
             return text
-    return f"{record['chosen']} {rng.choice([s for s in topic['sentences'] if s.lower() not in text.lower()])}"
+    sentences = next(topic["sentences"] for topic in TOPICS if topic["about"] == record["about"])
+    return f"{record['chosen']} {rng.choice([s for s in sentences if s.lower() not in text.lower()])}"
 
 
 def choose_sentences(rng, bank, asked):

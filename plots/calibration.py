@@ -14,13 +14,13 @@ from plots.curves import COLOURS
 
 def draw_calibration(info, history, path):
     """Reliability, accuracy by length, and training, written whole. info: reward_model.json; history: lines of metrics.jsonl."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), constrained_layout=True)
     for (name, m), colour in zip(info["evaluation"].items(), COLOURS):
         bins = m["calibration"]["bins"]
         axes[0].plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], "-", color=colour, label=f"{name}\nECE {m['calibration']['ece']:.3f}")
         axes[0].scatter([b["confidence"] for b in bins], [b["accuracy"] for b in bins], [8 + 150 * b["n"] / m["pairs"] for b in bins], color=colour)
-        middle = [(b["from"] + b["to"]) / 2 for b in m["by_length"]]
-        axes[1].plot(middle, [b["accuracy"] for b in m["by_length"]], "o-", color=colour, markersize=4, label=f"{name}\nprefers the longer: {m['prefers_longer']:.2f}")
+        points = [((b["from"] + b["to"]) / 2, b["accuracy"]) for b in m["by_length"]]
+        axes[1].plot(*zip(*points), "o-", color=colour, markersize=4, label=f"{name}\nprefers the longer: {m['prefers_longer']:.2f}")
     axes[0].plot([0.5, 1], [0.5, 1], ":", color="grey")
     axes[0].set(title="Reliability (area: pairs)", xlabel="sigmoid |score difference|", ylabel="share that is right")
     axes[1].axhline(0.5, linestyle=":", color="grey")
@@ -35,7 +35,7 @@ def draw_calibration(info, history, path):
     axes[2].set(title="Training", xlabel="step")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: the lines use all of the panel
     tmp = path.with_name(f".{path.stem}.tmp.png")
     try:
         figure.savefig(tmp, dpi=110)

@@ -2,11 +2,12 @@
 
     python -m plots.sweep grpo --lrs 1e-4 3e-4 1e-3 --out plots/logs/sweep-grpo.json -- --model DIR --steps 20 --prompts-per-step 4
 
-Every method is measured the same way: the mean reward of one sample for each training prompt after the run, with its 95 % interval.
-What follows `--` are the method's own flags. The JSON holds one line for each learning rate, and the command.
+Every method is measured the same way: the mean reward of one sample for each training prompt (at most 1000) after the run, with its 95 %
+interval. What follows `--` are the method's own flags. The JSON holds one line for each learning rate, and the command.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -15,10 +16,12 @@ from pathlib import Path
 import baselines
 import minigrao
 import train
+import uniapl
 from record import environment, summary, write_whole
 from settings import check_settings, parse
 
-METHODS = baselines.METHODS | {"grao": minigrao.GRAO}
+MOST = 1000  # training prompts to score; fewer where the run had fewer
+METHODS = baselines.METHODS | {"grao": minigrao.GRAO, "uniapl": uniapl.UNIAPL}
 
 
 def train_reward(method, given, lr, folder):
@@ -26,10 +29,11 @@ def train_reward(method, given, lr, folder):
     path = train.run(method, given | {"lr": lr, "out": str(folder)})
     if path is None:
         raise KeyboardInterrupt
+    method = dataclasses.replace(method, setup=None)  # sampling needs no value function and no discriminator
     trainer = train.Trainer(method, check_settings(method.config(**given | {"from_adapter": str(path / "adapter")})))
-    trainer.held_out = trainer.records
+    trainer.held_out = trainer.records[:MOST]
     measured = summary(trainer.evaluate())
-    return {"lr": lr, "prompts": len(trainer.records)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
+    return {"lr": lr, "prompts": len(trainer.held_out)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
 
 
 def main(argv):
@@ -46,9 +50,10 @@ def main(argv):
         for lr in args.lrs:
             rows.append(train_reward(method, given, lr, Path(folder) / f"{lr:g}"))
             print(rows[-1])
-    result = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment(), "rows": rows}
-    write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")
+            result = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment(), "rows": rows}
+            write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")
+    return rows
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(train.exit_status(lambda: main(sys.argv[1:])))

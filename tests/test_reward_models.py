@@ -26,7 +26,7 @@ import train
 from data import UserError, load_records
 from minigrao import GRAO
 from record import read_jsonl, report
-from settings import check_settings, parse
+from settings import check_settings
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER = dict(vocab_size=len(conftest.WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -70,7 +70,8 @@ GOOD, BAD = 40, 41  # the better answer of these pairs holds GOOD, the worse one
 
 
 def pairs(n, seed):
-    return [(p, [GOOD, *a, END_OF_TURN], [BAD, *a[:2], END_OF_TURN]) for p, a in zip(random_ids([3 + i % 4 for i in range(n)], seed), random_ids([3] * n, seed + 1))]
+    prompts, answers = random_ids([3 + i % 4 for i in range(n)], seed), random_ids([3] * n, seed + 1)
+    return [(p, [GOOD, *a, END_OF_TURN], [BAD, *a[:2], END_OF_TURN]) for p, a in zip(prompts, answers)]
 
 
 def fitted(load, held_out=(), **options):
@@ -101,7 +102,7 @@ def test_the_seed_decides_and_the_size_of_a_pass_does_not(load):
 def test_the_loss_has_the_pairs_margins_and_the_centring_term(load):
     policy = load()
     randomise_all(policy.add_role("reward"))
-    scores = [torch.tensor(reward.group_scores(policy, "reward", [p[0] for p in pairs(6, 0)], [[p[i] for p in pairs(6, 0)][k : k + 1] for k in range(6)]))[:, 0] for i in (1, 2)]
+    scores = policy.sequence_scores([p[0] for p in pairs(6, 0)], [list(p[1:]) for p in pairs(6, 0)]).detach().T
     margins = torch.tensor([0.5, 0.5, 2.0, 0.5, 0.5, 0.5])  # one pair names its own
     mixed = [(*p, 2.0) if i == 2 else p for i, p in enumerate(pairs(6, 0))]
     line = reward.fit_scorer(policy, "reward", mixed, [], lr=1e-3, batch_size=6, margin=0.5, centre=0.1, max_tokens_per_pass=20)[0]
@@ -275,7 +276,8 @@ def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
     records = [record("fine", "a"), record("same", "b "), record("empty", "a", " "), record("long", "a " * 9), record("none", "a", None), record(turns, "a")]
     kept, left = preferences.usable_pairs(records, lambda p, a: len(a.split()), 8, "FILE", {"hello"})
     assert [r["prompt"] for r in kept] == ["fine"] and kept[0]["tokens"] == [1, 1]
-    assert left == {"with twice the same answer": 1, "with an empty answer": 1, "longer than 8 tokens": 1, "without a rejected answer": 1, "of a dialogue that is measured on": 1}
+    reasons = ("twice the same answer", "an empty answer", "longer than 8", "without a rejected", "of a dialogue that is measured on")
+    assert all(any(reason in key for key in left) for reason in reasons) and list(left.values()) == [1] * 5
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and all(reason in said for reason in left) and "'long'" in said and "5 of 6" in said
     with pytest.raises(UserError, match="no pair to use, left out 1 with twice the same answer"):
@@ -315,8 +317,8 @@ def test_report_has_intervals_and_quartiles():
     gain = reward.bootstrap_interval([1.0] * 6 + [-1.0] * 2)
     assert "-" not in str(wins) and f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text and f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in text
     assert "1.250 / 2.000 / 2.000" in text and "1.299" in text  # sqrt(27/16)
-    low, high = preferences.against_references(([r["reward"] for r in before], [r["reward"] for r in after]), ([1.0] * 8, [1.0] * 8))[-1].split("[")[1][:14].split(", ")
-    assert (float(low), float(high)) == pytest.approx(gain, abs=1e-3)
+    rewards = [[r["reward"] for r in part] for part in (before, after)]
+    assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in preferences.against_references(rewards, [[1.0] * 8] * 2)[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -334,13 +336,15 @@ SMALL = ["--model", "tiny", "--device", "cpu", "--train-pairs", "160", "--epochs
 def trained(tmp_path_factory):
     """A reward model of the real script."""
     out = tmp_path_factory.mktemp("rm") / "reward"
-    return out, subprocess.run([sys.executable, ROOT / "reward.py", "train", *SMALL, "--quantize", "none", "--out", out], capture_output=True, text=True, cwd=ROOT)
+    flags = ["train", *SMALL, "--quantize", "none", "--out", out]
+    return out, subprocess.run([sys.executable, ROOT / "reward.py", *flags], capture_output=True, text=True, cwd=ROOT)
 
 
 def test_train_writes_a_reward_model_that_beats_the_floors(trained):
     out, process = trained
     assert process.returncode == 0, process.stderr
-    assert {p.name for p in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "reward_model.json", "metrics.jsonl", "scores.jsonl", "calibration.png"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "reward_model.json", "metrics.jsonl", "scores.jsonl", "calibration.png"}
+    assert {p.name for p in out.iterdir()} == files
     for words in ("accuracy [95 % interval]", "the longer one wins (tokens)", "random", "expected calibration error", "share no dialogue"):
         assert words in process.stdout
     info = json.loads((out / "reward_model.json").read_text())
@@ -373,9 +377,9 @@ def test_score_gives_the_numbers_of_train(trained, capsys, tmp_path):
     assert "tasks: 20 pairs" in capsys.readouterr().out
 
 
-def grao_trainer(reward_name, **given):
-    config = parse(GRAO.config, ["--model", "tiny", "--device", "cpu", "--quantize", "none", "--steps", "2", "--eval-prompts", "4", "--reward", str(reward_name)], "")
-    return train.Trainer(GRAO, check_settings(GRAO.config(**config | given)))
+def grao_trainer(reward_name):
+    config = dict(model="tiny", device="cpu", quantize="none", steps=2, eval_prompts=4, reward=str(reward_name))
+    return train.Trainer(GRAO, check_settings(GRAO.config(**config)))
 
 
 def test_on_the_same_backbone_it_is_one_more_role(trained, load, tmp_path, capsys):
@@ -395,14 +399,14 @@ def test_on_the_same_backbone_it_is_one_more_role(trained, load, tmp_path, capsy
     t = grao_trainer(tmp_path / "beside")
     assert t.reward_fn.scorer.policy is not t.policy and "backbone of its own" in capsys.readouterr().err
     prompts, groups = ["list 3 animals"], [["cat", "dog w20"]]
-    assert t.reward_fn.scorer(prompts, groups)[0] == pytest.approx(
-        other.sequence_scores([other.encode_prompt(prompts[0])], [[other.encode_answer(x) for x in groups[0]]])[0].tolist(), abs=0.05)  # bf16 where the CPU has it
+    expected = other.sequence_scores([other.encode_prompt(prompts[0])], [[other.encode_answer(x) for x in groups[0]]])[0]
+    assert t.reward_fn.scorer(prompts, groups)[0] == pytest.approx(expected.tolist(), abs=0.05)  # bf16 where the CPU has it
 
 
 @pytest.mark.parametrize("prefix", ["", "pairwise:"])
 def test_a_policy_trains_with_it_and_a_run_is_scored_again(trained, prefix, tmp_path, capsys):
-    flags = ["--model", "tiny", "--device", "cpu", "--quantize", "none", "--steps", 2, "--prompts-per-step", 2, "--group-size", 3, "--eval-prompts", 6, "--reward", f"{prefix}{trained[0]}"]
-    assert train.main(GRAO, [str(f) for f in [*flags, "--out", tmp_path / "run"]]) == 0
+    flags = ["--model", "tiny", "--device", "cpu", "--quantize", "none", "--steps", 2, "--prompts-per-step", 2, "--group-size", 3, "--eval-prompts", 6]
+    assert train.main(GRAO, [str(f) for f in [*flags, "--reward", f"{prefix}{trained[0]}", "--out", tmp_path / "run"]]) == 0
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     if prefix:
         assert {s["reward"] for s in samples} <= {-1.0, 0.0, 1.0} and {s["reference_reward"] for s in samples} == {0.0}
@@ -414,12 +418,13 @@ def test_a_policy_trains_with_it_and_a_run_is_scored_again(trained, prefix, tmp_
 
 
 def test_judge_as_a_command_and_as_a_reward(chat_dir, tmp_path, capsys):
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps({"prompt": f"list w{i} cat", "chosen": f"w{i} w5", "rejected": "dog"}) + "\n" for i in range(20, 40)))
+    records = [{"prompt": f"list w{i} cat", "chosen": f"w{i} w5", "rejected": "dog"} for i in range(20, 40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert command("judge", "--model", chat_dir, "--data", tmp_path / "pairs.jsonl", "--criterion", "harmless", "--device", "cpu") == 0
     said = capsys.readouterr().out
     assert "position bias: reply A wins" in said and "chosen wins" in said and "longer one wins (tokens): 1.000" in said
-    flags = ["--model", chat_dir, "--data", tmp_path / "pairs.jsonl", "--device", "cpu", "--steps", 1, "--prompts-per-step", 2, "--group-size", 2, "--max-new-tokens", 4,
-             "--eval-prompts", 2, "--reward", f"judge:{chat_dir}", "--out", tmp_path / "run"]
+    flags = ["--model", chat_dir, "--data", tmp_path / "pairs.jsonl", "--device", "cpu", "--steps", 1, "--prompts-per-step", 2, "--group-size", 2,
+             "--max-new-tokens", 4, "--eval-prompts", 2, "--reward", f"judge:{chat_dir}", "--out", tmp_path / "run"]
     assert train.main(GRAO, [str(f) for f in flags]) == 0
     assert {s["reward"] for s in read_jsonl(tmp_path / "run" / "samples.jsonl")} <= {-1.0, 0.0, 1.0}
     capsys.readouterr()

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import END_OF_TURN, FAMILIES, dense_logps, random_ids
+from conftest import END_OF_TURN, FAMILIES, dense_logps, random_ids, randomise_all
 from torch.profiler import ProfilerActivity, profile
 
+import policy as policy_module
 import scoring
 from data import UserError
 from policy import Policy
@@ -241,3 +242,50 @@ def test_attention_that_is_not_plain_is_refused(feature):
     assert scoring.shared_prefix_attention(module, q, q, q, None, layout=pack)[0].shape == (1, 5, 4, 16)
     with pytest.raises(UserError):
         scoring.shared_prefix_attention(module, q, q, q, None, layout=pack, **feature)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Groups too large for one pass
+
+
+@pytest.mark.parametrize("options", ({}, {"gradient_checkpointing": True}, {"quantize": "nf4"}))
+def test_a_group_in_several_passes_has_the_log_probs_and_the_gradient_of_one(monkeypatch, load, options):
+    """Passes of 2, 2 and 1 completions of 5, unequal lengths: values, entropies, mask, and gradient."""
+    deep = load(**options)
+    prompts, completions = random_ids([3, 5]), [random_ids([4, 7, 2, 3, 9], seed=1), random_ids([6, 1, 5, 8, 2], seed=2)]
+    results = []
+    for limit in (10**6, 20):
+        monkeypatch.setattr(policy_module, "PASS_TOKENS", limit)
+        scored = deep.token_logps(prompts, completions, 0.7)
+        weights = torch.linspace(-1, 2, scored.logps.numel()).view_as(scored.logps)
+        grads = torch.autograd.grad((scored.logps * weights).sum(), list(deep.trainable().values()))
+        results.append((scored.logps.detach(), scored.entropy, scored.mask, *grads))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_values_in_several_passes(monkeypatch, load):
+    deep = load()
+    randomise_all(deep.add_role("value", bias=True))
+    prompts, completions = random_ids([3]), [random_ids([4, 7, 2], seed=1)]
+    whole = deep.token_values(prompts, completions)
+    monkeypatch.setattr(policy_module, "PASS_TOKENS", 5)
+    torch.testing.assert_close(deep.token_values(prompts, completions), whole)
+
+
+def test_memory_kept_for_the_backward_pass_is_that_of_one_pass(monkeypatch, load):
+    """A group of 8 x 64 tokens kept the activations of 512 tokens; in passes of 64 it keeps next to nothing until one is computed again."""
+    deep = load()
+    kept = []
+    for limit in (10**6, 64):
+        monkeypatch.setattr(policy_module, "PASS_TOKENS", limit)
+        storages = {}
+
+        def keep(x):
+            storages[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            deep.token_logps(random_ids([4]), [random_ids([64] * 8, seed=1)])
+        weights = {p.untyped_storage().data_ptr() for p in deep.hf.parameters()}
+        kept.append(sum(x.untyped_storage().nbytes() for pointer, x in storages.items() if pointer not in weights))
+    assert kept[1] < 0.1 * kept[0]

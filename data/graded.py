@@ -1,0 +1,50 @@
+"""The built-in tasks with references of a chosen quality: a given share of them meets every constraint, each of the others misses one or more.
+
+    graded_tasks("tiny", 1000, share=0.5)      # records as of tiny_tasks or chat_tasks, with a column "experts": `chosen` and a second such answer
+
+What to read off: where imitation stops paying. A record is right or wrong by a coin of its own that does not depend on `share`, so a larger
+share only puts wrong references right, and the prompts stay the same.
+"""
+import random
+
+from data.chat_tasks import answer_again, chat_tasks
+from data.constraints import constraint_results, hack
+from data.tiny_tasks import CHOSEN_RATE, answer, tiny_tasks
+
+ATTEMPTS = 60  # after which a record keeps its last answer: in a few chat tasks one sentence in one form is all that is right
+
+
+def graded_tasks(level, n, share, seed=0):
+    """`n` training records of "tiny" or "chat" tasks (list of dicts, without `rejected`), of whose references `share` in [0, 1] are right.
+
+    The same arguments give the same records. UserError or ValueError for an `n` beyond the pool, as the tasks' own.
+    """
+    records = []
+    for record in {"tiny": tiny_tasks, "chat": chat_tasks}[level]("train", n, seed):
+        rng = random.Random(f"{seed}/{record['prompt']}")
+        right = rng.random() < share
+        rng = random.Random(f"{seed}/{right}/{record['prompt']}")
+        chosen, other = (graded_answer(level, record, right, rng) for _ in range(2))
+        del record["rejected"]
+        records.append(record | {"chosen": chosen, "experts": [chosen, other]})
+    return records
+
+
+def graded_answer(level, record, right, rng):
+    """An answer (str) that meets all constraints of a record, or not all."""
+    constraints = record["constraints"]
+    for _ in range(ATTEMPTS):
+        met = [right or rng.random() < CHOSEN_RATE for _ in constraints]
+        if not right:
+            met[rng.randrange(len(met))] = False
+        text = answer(constraints, met, rng) if level == "tiny" else answer_again(record, met, rng)
+        if is_right(record, text) == right:
+            break
+    return text
+
+
+def is_right(record, text):
+    """What the verifier pays: every constraint met, and no hack."""
+    constraints = record["constraints"]
+    honest = hack(record["prompt"], text, record.get("min_words") or 1, constraints, record.get("about") or ()) is None
+    return honest and all(constraint_results(text, constraints))
