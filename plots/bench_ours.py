@@ -30,7 +30,7 @@ class Ours:
         self.case, self.trainer = case, Trainer(method, config, alternate_rewards)
         self.policy = self.trainer.policy
         self.policy.eos_ids = [-1]  # no id ends an answer: lengths are forced
-        self.records = [{"prompt": "", "chosen": "", "prompt_ids": ids} for ids in case["prompts"]]
+        self.trainer.records = self.records = [{"prompt": "", "chosen": "", "prompt_ids": ids, "record_index": i} for i, ids in enumerate(case["prompts"])]
         for kind in ("reference_ids", "rejected_ids"):
             for record, ids in zip(self.records, case[kind]):
                 record[kind] = ids
@@ -46,8 +46,7 @@ class Ours:
 
     def step(self):
         """One optimisation step -> seconds: total, rollout, scoring (log-probs without gradient), update (with it, and the optimiser)."""
-        for record in self.records:
-            record.pop("frozen_logps", None)  # DPO scores the reference in its first pass over the data only
+        self.trainer.kept.clear()  # DPO scores the reference in its first pass over the data only
         self.scoring, start = 0.0, now()
         metrics = self.trainer.method.update(self.trainer, self.records)
         self.trainer.step += 1
