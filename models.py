@@ -18,8 +18,7 @@ from data import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TINY = Path(__file__).parent / "data" / "tiny"
-
-
+TRIM_EVERY = 10  # steps; at every step it would cost a tiny model a fifth of its time
 GLIBC = ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
@@ -30,9 +29,9 @@ def keep_freed_memory():
         GLIBC.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def trim_memory():
-    """Give back what has been freed, once in a while: tensors of ever other lengths leave holes, and the process would grow for hours."""
-    if GLIBC:
+def trim_memory(step):
+    """Every few steps, give back what has been freed: tensors of ever other lengths leave holes, and the process would grow for hours."""
+    if GLIBC and step % TRIM_EVERY == 0:
         GLIBC.malloc_trim(0)
 
 

@@ -31,7 +31,7 @@ import transformers
 
 from data import UserError
 from data.constraints import constraint_results, hack
-from models import find_model, first_line, pick_device, pick_dtype, quiet
+from models import find_model, first_line, pick_device, pick_dtype, quiet, trim_memory
 from policy import Policy
 
 # ------------------------------------------------------------------------------------------------------------- rewards
@@ -170,6 +170,7 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
             group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        trim_memory(step + 1)
         if (step + 1) % eval_every and step + 1 < steps:
             continue
         line = {"step": step + 1, "pairs": min((epoch * len(pairs)) + begin + batch_size, (epoch + 1) * len(pairs)),

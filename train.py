@@ -29,8 +29,6 @@ from record import RunFolder, peak_memory, read_jsonl, report, summary
 from reward import checked_rewards, load_model_reward, verifier
 from settings import check_settings, parse
 
-TRIM_EVERY = 10  # steps; at every step it would cost a tiny model a fifth of its time
-
 
 class Sums:
     """Means over a whole step of quantities that arrive in micro-batches."""
@@ -380,8 +378,7 @@ def run(method, given, reward_fn=None):
                 if due:
                     after = trainer.evaluate()
                     metrics |= evaluation(after)
-                if trainer.step % TRIM_EVERY == 0:
-                    trim_memory()
+                trim_memory(trainer.step)
                 folder.log({"step": trainer.step} | metrics)
                 bar.set_postfix_str(postfix(metrics))
                 bar.update()
