@@ -15,14 +15,11 @@ import json
 import math
 import random
 import sys
-import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import torch
 
 from data import UserError, load_records
 from data.loaders import HUB_FOLDERS, read_records
@@ -45,6 +42,7 @@ from reward import (
     verdict,
 )
 from settings import check_settings, parse, same, setting
+from train import exit_status
 
 
 @dataclass
@@ -387,30 +385,21 @@ COMMANDS = {"train": (TrainConfig, train_command), "score": (ScoreConfig, score_
 
 
 def main(argv):
-    """python reward.py train|score|judge [flags] -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
-    warnings.filterwarnings("once", category=UserWarning)
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    """python reward.py train|score|judge [flags] -> exit status, see train.exit_status."""
     word = argv[0] if argv else ""
     if word in ("-h", "--help"):
         print(f"{__doc__}\nusage: python reward.py {'|'.join(COMMANDS)} [flags]; for the flags: python reward.py COMMAND --help")
         return 0
-    try:
-        if word not in COMMANDS:
-            raise UserError(f"{f'no command {word}' if word else 'no command'}: the first word is one of {', '.join(COMMANDS)} (see --help)")
-        config_class, command = COMMANDS[word]
-        sys.argv[0] = f"reward.py {word}"
-        config = config_class(**parse(config_class, argv[1:], __doc__))
-        if isinstance(config, ScoreConfig) and (config.model is None or (config.data is None) == (config.samples is None)):
-            raise UserError(f"reward.py {word}: needs --model, and either --data or --samples")
-        command(check_settings(config))
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (OSError, safetensors.SafetensorError) as error:
-        print(f"error: a file cannot be read or written ({first_line(error)}); look at the disk's room and permissions", file=sys.stderr)
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory; try a lower --micro-batch-tokens or --max-tokens ({first_line(error)})", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    return 2
+    return exit_status(lambda: run(word, argv[1:]), stopped="stopped; nothing was written")
+
+
+def run(word, flags):
+    if word not in COMMANDS:
+        raise UserError(f"{f'no command {word}' if word else 'no command'}: the first word is one of {', '.join(COMMANDS)} (see --help)")
+    config_class, command = COMMANDS[word]
+    sys.argv[0] = f"reward.py {word}"
+    config = config_class(**parse(config_class, flags, __doc__))
+    if isinstance(config, ScoreConfig) and (config.model is None or (config.data is None) == (config.samples is None)):
+        raise UserError(f"reward.py {word}: needs --model, and either --data or --samples")
+    command(check_settings(config))
+    return True

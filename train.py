@@ -424,8 +424,8 @@ def main(method, argv=None, reward_fn=None, description=""):
     return exit_status(lambda: run(method, parse(method.config, argv, description), reward_fn))
 
 
-def exit_status(work):
-    """Call work() -> 0, or 130 if it returns None because it was stopped; what a user can mend becomes one line on stderr and 2."""
+def exit_status(work, stopped="stopped at once; what was saved at the last checkpoint stands (--resume)"):
+    """Call work() -> 0, or 130 if it returns None because it was stopped; what a user can mend becomes one line on stderr and 2. stopped: said at Ctrl-C."""
     warnings.filterwarnings("once", category=UserWarning)
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
@@ -437,6 +437,6 @@ def exit_status(work):
     except torch.OutOfMemoryError as error:
         print(f"error: out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens ({first_line(error)})", file=sys.stderr)
     except KeyboardInterrupt:
-        print("stopped at once; what was saved at the last checkpoint stands (--resume)", file=sys.stderr)
+        print(stopped, file=sys.stderr)
         return 130
     return 2

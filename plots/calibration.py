@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from plots.curves import COLOURS
+from plots.curves import COLOURS, save_figure
 
 
 def draw_calibration(info, history, path):
@@ -36,13 +36,7 @@ def draw_calibration(info, history, path):
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: the lines use all of the panel
-    tmp = path.with_name(f".{path.stem}.tmp.png")
-    try:
-        figure.savefig(tmp, dpi=110)
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
-        plt.close(figure)
+    save_figure(figure, path, dpi=110)
 
 
 if __name__ == "__main__":

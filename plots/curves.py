@@ -40,9 +40,14 @@ def draw_curves(lines, panels, path):
         axis.set(title=title, ylabel=label, xlabel="step")
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
+    save_figure(figure, path, dpi=110)
+
+
+def save_figure(figure, path, **options):
+    """Write a figure whole or not at all, and close it. options: of savefig."""
     tmp = path.with_name(f".{path.stem}.tmp.png")
     try:
-        figure.savefig(tmp, dpi=110)
+        figure.savefig(tmp, **options)
         tmp.replace(path)
     finally:
         tmp.unlink(missing_ok=True)

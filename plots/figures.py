@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from plots import study, suites, tables
-from plots.curves import smooth
+from plots.curves import save_figure, smooth
 from plots.statistics import seed_band, two_level_interval
 from plots.tables import label, present
 from record import write_whole
@@ -340,17 +340,6 @@ SECTIONS = {
 }
 
 
-def save(figure, path):
-    """Written whole: under a temporary name, then renamed."""
-    tmp = path.with_name(f".{path.name}.tmp.png")
-    try:
-        figure.savefig(tmp, metadata={"Software": None})
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
-        plt.close(figure)
-
-
 def draw(logs, out):
     """Write figures, results.md and samples.md into `out` -> names of the figures that were drawn."""
     out.mkdir(parents=True, exist_ok=True)
@@ -360,7 +349,7 @@ def draw(logs, out):
         text += f"\n## {title}\n\n"
         try:
             with plt.rc_context(STYLE):
-                save(figure(logs), out / f"{name}.png")
+                save_figure(figure(logs), out / f"{name}.png", metadata={"Software": None})
             drawn.append(name)
             text += f"What to look at: {look}.\n\n![{name}]({name}.png)\n"
             text += f"\n{table(logs)}" if table else ""
