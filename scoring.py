@@ -24,7 +24,9 @@ from data import UserError
 
 # On a CPU plain matrix products beat the fused kernel, whose backward pass is 3 times slower there, for so many queries, or queries x keys.
 SHORT, SMALL = 128, 2**16
-CHUNK_LOGITS = 2**25  # logits alive at once in the output head: 128 MiB in fp32, about 220 tokens of a 151,936 vocabulary
+# Tokens at once in the output head: 111 MiB of fp32 logits at a vocabulary of 151,936. Fewer would read the head's weights too often;
+# more gain nothing at 151,936 and cost a sixth of the head's time at 49,152, where a chunk leaves the cache.
+CHUNK_ROWS = 192
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -44,9 +46,8 @@ class ChunkedLogProb(torch.autograd.Function):
         logp = hidden.new_empty(len(hidden), dtype=precise)
         entropy = torch.empty_like(logp)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_LOGITS // len(weight))
-        for i in range(0, len(hidden), rows):
-            chunk, y = slice(i, i + rows), targets[i : i + rows]
+        for i in range(0, len(hidden), CHUNK_ROWS):
+            chunk, y = slice(i, i + CHUNK_ROWS), targets[i : i + CHUNK_ROWS]
             z = F.linear(hidden[chunk], weight, bias).to(precise)  # (rows, V)
             if temperature != 1:
                 z.div_(temperature)
@@ -172,19 +173,18 @@ class Pack:
 
     def attend(self, layer, q, k, v, scaling):
         """q (1, H, N, d), k and v (1, K, N, d) -> (1, N, H, d): attention within each group, the prompt's part computed once."""
-        repeat = q.shape[1] // k.shape[1]
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
 
         def rows(x, index):  # -> (*index.shape, heads, d); index_select's backward is an index_add, much faster than x[index]'s
             return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
-        def heads(x):  # (S, L, K, d) -> (S, H, L, d)
-            return x.transpose(1, 2).repeat_interleave(repeat, 1)
+        def heads(x):  # (S, L, heads, d) -> (S, heads, L, d)
+            return x.transpose(1, 2)
 
         k_prompt, v_prompt = rows(k, self.p_index), rows(v, self.p_index)
-        prompt = attention(rows(q, self.p_index).transpose(1, 2), heads(k_prompt), heads(v_prompt), None, scaling)  # (B, H, P, d)
+        prompt = attention(heads(rows(q, self.p_index)), heads(k_prompt), heads(v_prompt), None, scaling)  # (B, H, P, d)
         completion = attention(
-            rows(q, self.c_index).transpose(1, 2),
+            heads(rows(q, self.c_index)),
             heads(torch.cat([k_prompt.index_select(0, self.p_of), rows(k, self.c_index)], 1)),
             heads(torch.cat([v_prompt.index_select(0, self.p_of), rows(v, self.c_index)], 1)),
             self.attend_mask,
@@ -195,14 +195,18 @@ class Pack:
 
 
 def attention(q, k, v, mask, scaling):
-    """softmax(q k^T scaling) v with q (S, H, L, d), k and v (S, H, L', d); mask (S, 1, L, L') True where seen, None: causal, L = L'."""
-    if q.device.type != "cpu" or (q.shape[2] > SHORT and q.shape[2] * k.shape[2] > SMALL):
+    """softmax(q k^T scaling) v: q (S, H, L, d); k and v (S, K, L', d), each for H / K heads; mask (S, 1, L, L') True where seen, None: causal, L = L'."""
+    (S, H, L, d), (_, K, keys, _) = q.shape, k.shape
+    if q.device.type != "cpu" or (L > SHORT and L * keys > SMALL):
+        k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
     if mask is None:
-        mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = (q @ k.transpose(-1, -2)).to(torch.promote_types(q.dtype, torch.float32)) * scaling
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(q.dtype) @ v
+        mask = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
+    unseen = torch.zeros(mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device).masked_fill_(~mask, -torch.inf)
+    # The heads that share keys become more queries of one head: keys are not repeated, nor their gradients summed.
+    scores = (q.reshape(S, K, -1, d) @ k.transpose(-1, -2)).view(S, H, L, keys)
+    weights = torch.add(unseen, scores, alpha=d**-0.5 if scaling is None else scaling).softmax(-1).to(q.dtype)  # scaled, masked and made fp32 in one pass
+    return (weights.view(S, K, -1, keys) @ v).view(S, H, L, d)
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, *, layout, scaling=None, **kwargs):

@@ -79,7 +79,7 @@ def gpu_bytes(group, tokens, kept, prompt=64, trained=1, frozen=1, rank=16, shap
     adapter = L * rank * sum(a + b for a, b in linears) * 4
     logits = group * V * 4
     rows = min(PASS_TOKENS, (group + 1) * tokens) + prompt  # of the largest pass
-    head = min(scoring.CHUNK_LOGITS, rows * V)
+    head = min(scoring.CHUNK_ROWS, rows) * V
     both = {
         "weights, NF4": weights // 2,
         "their scales: 1 byte per 64 weights, 4 per 64 x 256": weights // 64 + weights // (64 * 256) * 4,

@@ -74,7 +74,7 @@ def scored_and_sampled(policy, tokens, rows=4):
 
 def test_no_tensor_of_a_step_grows_with_tokens_times_vocabulary(monkeypatch, wide):
     """Rollout, reference, policy and backward pass, every operation watched. Logits of all tokens were 20 GB for a 0.6B model (trl #3678)."""
-    monkeypatch.setattr("scoring.CHUNK_LOGITS", 8 * VOCABULARY)
+    monkeypatch.setattr("scoring.CHUNK_ROWS", 8)
     largest = []
     for tokens in (32, 64):
         watch = bench_memory.LargestTensors(wide.hf.parameters())
