@@ -233,6 +233,8 @@ def train_command(config):
     training = [r for s in sources for r in load_records(s, "train", seed=config.seed, level=level)]
     measured = {f"{Path(s).name}, held-out split": load_records(s, "heldout", level=level) for s in sources}
     measured |= {Path(s).name: all_records(s, level) for s in (config.eval_data.split(",") if config.eval_data else [])}
+    # of those, too, that are too long to be measured: a policy may be evaluated on their prompts
+    elsewhere = {dialogue(r["prompt"]) for records in measured.values() for r in records}
 
     policy = Policy.load(
         config.model, quantize=config.quantize, lora_rank=config.lora_rank, lora_alpha=config.lora_alpha, device=config.device, dtype=config.dtype,
@@ -243,7 +245,6 @@ def train_command(config):
     most = min(config.max_tokens, policy.context)
     for name, records in measured.items():
         measured[name], left[name] = usable_pairs(records, scorer.tokens, most, name)
-    elsewhere = {dialogue(r["prompt"]) for records in measured.values() for r in records}
     training, left["training"] = usable_pairs(training, scorer.tokens, most, "training", elsewhere)
     random.Random(config.seed).shuffle(training)  # of several files, each has its share of --train-pairs
     training, stop = set_apart(training, min(config.stop_pairs, len(training) // 10), config.seed)
