@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -25,7 +24,7 @@ import reward
 import train
 from data import UserError, load_records
 from minigrao import GRAO
-from record import read_jsonl, report
+from record import read_jsonl
 from settings import check_settings
 
 ROOT = Path(__file__).parents[1]
@@ -262,63 +261,6 @@ def test_position_bias_is_measured(capsys):
     judge = SimpleNamespace(log_odds=lambda *cases: (torch.tensor([[2.0, -1.0], [2.0, -1.0], [2.0, 1.0], [1.0, -2.0]]), 0.9))
     assert preferences.print_position([("q", "a", "b")] * 4, judge).tolist() == [0.0, 0.0, 1.0, 0.0]
     assert "A wins 0.875 of the questions" in capsys.readouterr().out  # 4 of 4 shown first, 3 of 4 shown second
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Pairs and measures
-
-
-def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
-    def record(prompt, chosen, rejected="b"):
-        return {"prompt": prompt, "chosen": chosen} | ({} if rejected is None else {"rejected": rejected})
-
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "more"}]
-    records = [record("fine", "a"), record("same", "b "), record("empty", "a", " "), record("long", "a " * 9), record("none", "a", None), record(turns, "a")]
-    kept, left = preferences.usable_pairs(records, lambda p, a: len(a.split()), 8, "FILE", {"hello"})
-    assert [r["prompt"] for r in kept] == ["fine"] and kept[0]["tokens"] == [1, 1]
-    reasons = ("twice the same answer", "an empty answer", "longer than 8", "without a rejected", "of a dialogue that is measured on")
-    assert all(any(reason in key for key in left) for reason in reasons) and list(left.values()) == [1] * 5
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and all(reason in said for reason in left) and "'long'" in said and "5 of 6" in said
-    with pytest.raises(UserError, match="no pair to use, left out 1 with twice the same answer"):
-        preferences.usable_pairs(records[1:2], lambda p, a: 1, 8, "FILE")
-
-
-def test_no_dialogue_is_on_both_sides():
-    records = [{"prompt": [{"role": "user", "content": f"opening {i % 7}"}] + [{"role": "user", "content": str(i)}] * (i % 3)} for i in range(40)]
-    rest, apart = preferences.set_apart(records, 13, seed=0)
-    assert len(rest) + len(apart) == 40 and 6 <= len(apart) <= 13
-    assert not {preferences.dialogue(r["prompt"]) for r in rest} & {preferences.dialogue(r["prompt"]) for r in apart}
-
-
-def test_calibration_by_hand():
-    logit = lambda p: float(np.log(p / (1 - p)))  # noqa: E731
-    # two pairs at confidence 0.9, one right; two at 0.6, both right; a tie at 0.5, right by half
-    better, worse = [logit(0.9), 0.0, logit(0.6), logit(0.6), 1.0], [0.0, logit(0.9), 0.0, 0.0, 1.0]
-    c = preferences.calibration(better, worse, bins=4)
-    assert c["ece"] == pytest.approx((2 * 0.4 + abs(2.5 - (0.6 + 0.6 + 0.5))) / 5)
-    assert [b["n"] for b in c["bins"]] == [3, 2] and c["bins"][1]["accuracy"] == 0.5
-
-
-def test_a_length_shortcut_is_visible():
-    lengths = [(5, 3), (9, 2), (2, 4), (3, 8), (4, 4)]
-    m = preferences.measures([[float(a), float(b)] for a, b in lengths], lengths)
-    assert m["accuracy"] == m["longer_wins"] == 0.5 and m["prefers_longer"] == 1.0 and m["correlation_with_length"] == pytest.approx(1.0)
-    assert [b["accuracy"] for b in m["by_length"]][0] == 0.0 and [b["accuracy"] for b in m["by_length"]][-1] == 1.0
-    assert sum(b["n"] for b in m["by_length"]) == 5
-    assert preferences.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5  # one pair, all equal: nothing divides by 0
-
-
-def test_report_has_intervals_and_quartiles():
-    one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False, "reference_reward": 1.0}
-    before, after = ([one | {"reward": float(r)} for r in rewards] for rewards in ([0] * 8, [2] * 6 + [-1] * 2))
-    text = report(before, after)
-    wins = reward.bootstrap_interval([1.0] * 6 + [0.0] * 2)
-    gain = reward.bootstrap_interval([1.0] * 6 + [-1.0] * 2)
-    assert "-" not in str(wins) and f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text and f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in text
-    assert "1.250 / 2.000 / 2.000" in text and "1.299" in text  # sqrt(27/16)
-    rewards = [[r["reward"] for r in part] for part in (before, after)]
-    assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in preferences.against_references(rewards, [[1.0] * 8] * 2)[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
