@@ -60,7 +60,7 @@ class TrainConfig:
     batch_size: int = setting(16, "pairs in one optimisation step", low=1, high=4096)
     margin: float = setting(0.0, "how far apart the scores should be, where a record has no number `margin` of its own", low=-100, high=100)
     centre: float = setting(0.0, "weight of mean (chosen + rejected)^2, which keeps scores near 0 (0.01 is usual)", low=0, high=100)
-    patience: int = setting(3, "stop after so many evaluations without a better accuracy (0: never)", low=0, high=10**6)
+    patience: int = setting(3, "stop after so many evaluations without a better one, see reward.fit_scorer (0: never)", low=0, high=10**6)
     eval_every: int = setting(0, "optimisation steps between them (0: eight evaluations in all)", low=0, high=10**6)
     lr: float = same("lr")
     weight_decay: float = same("weight_decay")

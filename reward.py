@@ -139,8 +139,9 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
     pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair is one group of
     two, its prompt computed once. margin: of pairs that name none. centre: weight of mean (chosen + rejected)^2, which keeps scores near
     0 (Eisenstein et al., arXiv 2312.09244). The learning rate falls linearly to 0 after 5 % of warm-up. held_out is evaluated every
-    eval_every batches (0: eight times in all); after `patience` evaluations without a better accuracy (0: never) training stops.
-    The role ends with the parameters of its best evaluation (accuracy, then loss); without held_out pairs with the last ones.
+    eval_every batches (0: eight times in all); after `patience` evaluations without a better one (0: never) training stops.
+    The role ends with the parameters of its best evaluation: of those whose accuracy is within one standard error of the highest so
+    far, the one of lowest loss (a few hundred pairs cannot tell their accuracies apart); without held_out pairs with the last ones.
     The seed decides the order of the pairs; max_tokens_per_pass bounds memory and does not change the gradient.
     log(line) is called with every line of the history. UserError for no pair or a loss that is not finite.
     """
@@ -150,7 +151,7 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
     optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay)
     steps = epochs * math.ceil(len(pairs) / batch_size)
     warmup, eval_every = math.ceil(0.05 * steps), eval_every or math.ceil(steps / 8)
-    history, best, kept, losses, start = [], None, None, [], time.perf_counter()
+    history, best, kept, losses, highest, start = [], None, None, [], 0.0, time.perf_counter()
     for step in range(steps):
         epoch, begin = divmod(step * batch_size, batch_size * math.ceil(len(pairs) / batch_size))
         order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 7919 + epoch)).tolist()
@@ -178,9 +179,12 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
         losses = []
         if held_out:
             scores = torch.tensor(group_scores(policy, role, [p[0] for p in held_out], [[p[1], p[2]] for p in held_out], max_tokens_per_pass))
-            line |= {"held_out/accuracy": accuracy(scores[:, 0], scores[:, 1]), "held_out/loss": float(bradley_terry_loss(scores[:, 0], scores[:, 1]))}
-            if best is None or (line["held_out/accuracy"], -line["held_out/loss"]) > best[:2]:
-                best = (line["held_out/accuracy"], -line["held_out/loss"], step + 1, len(history))
+            right, loss = accuracy(scores[:, 0], scores[:, 1]), float(bradley_terry_loss(scores[:, 0], scores[:, 1]))
+            line |= {"held_out/accuracy": right, "held_out/loss": loss}
+            highest = max(highest, right)
+            near = highest - math.sqrt(highest * (1 - highest) / len(held_out))
+            if best is None or best[0] < near or (right >= near and loss < best[1]):
+                best = (right, loss, step + 1, len(history))
                 kept = {n: p.detach().clone() for n, p in params.items()}
             line["best_step"] = best[2]
         history.append(line | {"time": time.perf_counter() - start})

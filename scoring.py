@@ -202,10 +202,10 @@ def attention(q, k, v, mask, scaling):
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
     if mask is None:
         mask = torch.ones(L, L, dtype=torch.bool, device=q.device).tril()
-    unseen = torch.zeros(mask.shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device).masked_fill_(~mask, -torch.inf)
+    unseen = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     # The heads that share keys become more queries of one head: keys are not repeated, nor their gradients summed.
     scores = (q.reshape(S, K, -1, d) @ k.transpose(-1, -2)).view(S, H, L, keys)
-    weights = torch.add(unseen, scores, alpha=d**-0.5 if scaling is None else scaling).softmax(-1).to(q.dtype)  # scaled, masked and made fp32 in one pass
+    weights = torch.add(unseen, scores, alpha=d**-0.5 if scaling is None else scaling).softmax(-1)  # in bf16, too, torch sums in fp32
     return (weights.view(S, K, -1, keys) @ v).view(S, H, L, d)
 
 

@@ -118,6 +118,27 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
     assert reward.accuracy(*zip(*kept)) == best
 
 
+@pytest.mark.parametrize("accuracies, losses, best", [
+    ([0.5, 0.7, 0.68, 0.66], [0.69, 0.66, 0.60, 0.62], 3),  # within a standard error (0.046) of 0.7 the lowest loss wins
+    ([0.5, 0.7, 0.64, 0.7], [0.69, 0.66, 0.60, 0.67], 2),  # 0.64 is not, whatever its loss
+    ([0.6, 0.63, 0.75, 0.72], [0.66, 0.60, 0.65, 0.66], 3),  # what was best is left behind by a higher accuracy
+])
+def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(load, monkeypatch, accuracies, losses, best):
+    policy, said = load(), iter(zip(accuracies, losses))
+    policy.add_role("reward")
+    real = reward.bradley_terry_loss
+
+    def evaluation(*_):
+        right, loss = next(said)
+        monkeypatch.setattr(reward, "accuracy", lambda *_: right)
+        monkeypatch.setattr(reward, "bradley_terry_loss", lambda better, worse, margin=None: real(better, worse, margin) if better.requires_grad else loss)
+        return [[0.0, 0.0]] * 100
+
+    monkeypatch.setattr(reward, "group_scores", evaluation)
+    history = reward.fit_scorer(policy, "reward", pairs(8, 0), pairs(100, 1), batch_size=2, eval_every=1)
+    assert len(history) == 4 and history[-1]["best_step"] == best
+
+
 def test_scores_come_back_in_order_whatever_the_batches(load):
     policy = load()
     randomise_all(policy.add_role("reward"))
