@@ -238,10 +238,15 @@ def quality(logs):
     return figure
 
 
+def strengths(logs):
+    """{lambda_adv: name} of the unified runs in the logs; CHORD is the one without an anchor."""
+    found = {0.0: "chord", 0.1: "uniapl"} | {s: n for n, s in suites.STRENGTHS.items() if n.startswith("uniapl")}
+    return {s: name for s, name in sorted(found.items()) if name in logs}
+
+
 def uniapl(logs):
     need(logs, "uniapl")
-    sweep = {0.0: "chord", 0.1: "uniapl"} | {s: n for n, s in suites.STRENGTHS.items() if n.startswith("uniapl")}
-    sweep = {s: name for s, name in sorted(sweep.items()) if name in logs}
+    sweep = strengths(logs)
     figure = plt.figure(figsize=(WIDTH, 6.4))
     spec = figure.add_gridspec(3, 2)
     pipelines = present(logs, ("sft", "grpo", "sft-grpo", "uniapl", *suites.STAGED))
@@ -261,6 +266,25 @@ def uniapl(logs):
         axis = figure.add_subplot(spec[row, 1])
         dots(axis, logs, present(logs, names), "reward")
         axis.set(title=title, xlabel="mean reward, held out")
+    return figure
+
+
+def anchor(logs):
+    """What the discriminator tells apart and what is left of exploration, over steps: a line for each strength, on the seeds that all have."""
+    sweep = strengths(logs)
+    if len(sweep) < 2:
+        raise Absent("two strengths of the anchor")
+    seeds = study.common_seeds(logs, sweep.values())
+    figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 2.9))
+    panels = {"score/accuracy": "Expert told from policy", "entropy": "Entropy, nats/token", "distinct/2": "Distinct bigrams", "length/mean": "Length, tokens"}
+    shades = plt.get_cmap("cividis")(np.linspace(0.9, 0, len(sweep)))
+    for axis, (metric, title) in zip(axes, panels.items()):
+        for shade, (strength, name) in zip(shades, sweep.items()):
+            if strength or metric != "score/accuracy":  # without an anchor there is no discriminator
+                steps, rows = curves({name: {seed: logs[name][seed] for seed in seeds}}, name, metric)
+                band(axis, steps, rows, name, f"λ = {strength:g}", window=5, color=shade)
+        axis.set(title=title, xlabel="step")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=len(sweep))
     return figure
 
 
@@ -332,6 +356,10 @@ SECTIONS = {
     ),
     "uniapl": (
         "UniAPL: staged, unified, anchored", "unified against SFT → GRPO, and whether the anchor (λ) moves anything beyond its interval", uniapl, tables.uniapl,
+    ),
+    "anchor": (
+        "A stronger anchor", "whether accuracy falls towards 0.5, which is coming near or exploiting, and whether entropy and bigrams sink as λ grows",
+        anchor, tables.anchor,
     ),
     "distributions": (
         "Lengths and expert log-likelihood", "which methods keep the expert's length, and which move away from the expert's answers", distributions, None,

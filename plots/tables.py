@@ -250,6 +250,20 @@ def uniapl(logs):
     return plain(same, names, [("log p of the expert, nats/token", expert)])
 
 
+def anchor(logs):
+    """What the discriminator tells apart and what is left of exploration, in the first and the last fifth of training; means over seeds."""
+    def fifths(name, metric):
+        rows = [log.curve(metric)[1] for log in logs[name].values()]
+        if not all(map(len, rows)):
+            return "–"
+        n = max(1, len(rows[0]) // 5)
+        return f"{np.mean([row[:n] for row in rows]):.3f} → {np.mean([row[-n:] for row in rows]):.3f}"
+
+    columns = {"expert told from policy": "score/accuracy", "entropy, nats/token": "entropy", "distinct bigrams": "distinct/2", "length": "length/mean"}
+    names = present(logs, ("chord", "uniapl", *suites.STRENGTHS, "uniapl-embedding", "uniapl-cotrained"))
+    return markdown(["first → last fifth", "seeds", *columns], [[label(n), len(logs[n]), *(fifths(n, m) for m in columns.values())] for n in names])
+
+
 def samples(logs, count=6):
     """The same held-out prompts answered by every method, one seed."""
     names = present(logs, (*suites.COMPARED, "ppo-4"))

@@ -27,6 +27,9 @@ def write_run(folder, name, seed, reward, judged=False):
             line |= {"loss": -step / 7, "time/update": 0.5, "memory/peak": 1.0}
             if name not in ("sft", "dpo"):
                 line |= {"reward/mean": reward * step / STEPS, "tokens/generated": 100 * step, "time/rollout": 0.5}
+                line |= {"entropy": 1.0, "distinct/2": 0.5, "length/mean": 5.0}
+            if name.startswith("uniapl"):
+                line |= {"score/accuracy": 1 - step / 10}
             line |= {f"share/{term}": 1 / 3 for term in ("exploration", "imitation", "regularizer")} | {"advantage/reference": 1 - step / 4}
         if step % 2 == 0:
             line |= {"eval/reward": 0.1 + (reward - 0.1) * step / STEPS}
@@ -118,6 +121,9 @@ def test_numbers_in_the_tables(whole):
     assert "\nSFT does not cross GRPO: level somewhere" in tables.crossings(logs) and tables.crossings({}) == ""
     cut = {name: logs[name] for name in ("grpo-quality1", "grao-quality0.25", "grao-quality1")}
     assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)  # 0.25 below at 25 %, 0.25 above at 100 %
+    row = next(line for line in tables.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
+    assert row == "| unified, λ = 3 | 2 | 0.900 → 0.400 | 1.000 → 1.000 | 0.500 → 0.500 | 5.000 → 5.000 |"
+    assert "| CHORD (unified, λ = 0) | 2 | – |" in tables.anchor(logs)
     budget = next(line for line in tables.budgets(logs).splitlines() if line.startswith("| GRPO |"))
     assert "| 2 | 6 | 6 | 2 | 96 | 600 | 0.001 | default | 6 |" in budget
     assert "| 0 | 0 |" in next(line for line in tables.budgets(logs).splitlines() if line.startswith("| SFT |"))
