@@ -123,10 +123,13 @@ def work(words, log, judge):
 
 
 def score_samples(path, model):
-    """Add to every line of samples.jsonl what another reward model gives: judge_reward of the answer, judge_reference_reward of the reference."""
+    """Add to every line of samples.jsonl what another reward model gives: judge_reward of the answer, judge_reference_reward of the reference.
+
+    Its raw scores: the penalty for a cut answer belongs to training, and would decide most comparisons by itself.
+    """
     lines, judge = read_jsonl(path), ModelReward(load_scorer(model), model)
-    prompts, cut = [line["prompt"] for line in lines], [line["truncated"] for line in lines]
-    scored = judge(prompts, [line["completion"] for line in lines], truncated=cut), judge(prompts, [line["reference"] for line in lines])
+    prompts = [line["prompt"] for line in lines]
+    scored = (judge(prompts, [line[kind] for line in lines]) for kind in ("completion", "reference"))
     lines = [line | {"judge_reward": a, "judge_reference_reward": b} for line, a, b in zip(lines, *scored)]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return lines

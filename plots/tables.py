@@ -103,22 +103,24 @@ def comparison(logs):
     some = logs[names[0]]
     base = {k: np.array([log.before[k] for log in some.values()]) for k in next(iter(some.values())).before if k not in ("step", "texts")}
     prefix = "judge_" if judged else ""
-    header = ["", "seeds", "RAS, %", "NAG, %", "mean reward", *(["by the judge"] if judged else []), "KL to base, nats/answer", "length, tokens"]
+    header = ["", "seeds", "RAS, %", "NAG, %", "mean reward", *(["by the judge"] if judged else []), "KL to base, nats/answer", "length, tokens", "cut, %"]
     rows = [[
         LABELS["base"], len(some), interval(base[prefix + "reward"] > base[prefix + "reference_reward"], percent=True), "", interval(base["reward"]),
-        *([interval(base["judge_reward"])] if judged else []), "0", interval(base["tokens"], 1),
+        *([interval(base["judge_reward"])] if judged else []), "0", interval(base["tokens"], 1), f"{100 * base['truncated'].mean():.1f}",
     ]]
     for name in names:
-        m = {measure: matrix(logs, name, measure) for measure in ("ras", "nag", "reward", "kl", "tokens", *(["judged"] if judged else []))}
+        m = {measure: matrix(logs, name, measure) for measure in ("ras", "nag", "reward", "kl", "tokens", "truncated", *(["judged"] if judged else []))}
         rows.append([
             f"**{label(name)}**" if name == "grao" else label(name), len(seeds[name]), interval(m["ras"], percent=True),
             interval(m["nag"], percent=True, sign=True), interval(m["reward"]), *([interval(m["judged"])] if judged else []),
-            interval(m["kl"], 2), interval(m["tokens"], 1),
+            interval(m["kl"], 2), interval(m["tokens"], 1), f"{100 * m['truncated'].mean():.1f}",
         ])
     share = np.mean(some[seeds[names[0]][0]].after["reference_reward"])
     text = markdown(header, rows) + missing_note(logs, suites.COMPARED)
     text += "\nMean and 95 % interval, seeds and held-out prompts redrawn. NAG is wins minus losses against the policy before training. "
-    text += f"Mean reward of the references: {share:.3f}." + (" RAS and NAG are by the second reward model, which no run was trained with." if judged else "")
+    text += f"Mean reward of the references: {share:.3f}."
+    if judged:
+        text += " RAS and NAG are by the second reward model, which no run was trained with: its raw scores, without the mean reward's penalty for a cut answer."
     return text + "\n\n" + paired(logs, names, "judged" if judged else "reward") + "\n" + paper(logs, names)
 
 

@@ -134,5 +134,5 @@ def test_a_judge_scores_what_was_answered(load, tmp_path):
     scored = read_jsonl(tmp_path / "samples.jsonl")
     texts = ["dog w0", "dog w1", "cat dog"]
     a, b, y = policy.sequence_scores([policy.encode_prompt("list 3 animals")], [[policy.encode_answer(text) for text in texts]])[0].tolist()
-    assert [line["judge_reward"] for line in scored] == pytest.approx([a, b - 1.0], abs=0.2)  # bf16; cut at the limit: a penalty of 1, as in training
+    assert [line["judge_reward"] for line in scored] == pytest.approx([a, b], abs=0.2)  # bf16; no penalty for being cut
     assert [line["judge_reference_reward"] for line in scored] == pytest.approx([y, y], abs=0.2) and scored[0]["reward"] == 0.5
