@@ -194,6 +194,7 @@ def measures(scores, lengths):
     return {
         "pairs": len(right), "accuracy": accuracy(better, worse), "interval": bootstrap_interval(right),
         "longer_wins": float(by_words.mean()), "longer_wins_interval": bootstrap_interval(by_words),
+        "over_longer": float((right - by_words).mean()), "over_longer_interval": bootstrap_interval(right - by_words),
         "prefers_longer": float(((better > worse) == (longer > shorter))[differ].mean()) if differ.any() else 0.5,
         "correlation_with_length": float(correlation), "by_length": by_length(better, worse, lengths), "calibration": calibration(better, worse),
         "chosen_mean": float(better.mean()), "chosen_std": float(better.std()), "rejected_mean": float(worse.mean()), "rejected_std": float(worse.std()),
@@ -205,6 +206,7 @@ def report_pairs(name, m):
     rows = [("this reward model", m["accuracy"], m["interval"]), ("the longer one wins (tokens)", m["longer_wins"], m["longer_wins_interval"])]
     text += f"  {'accuracy [95 % interval]':<34}\n"
     text += "".join(f"    {label:<32}{value:.3f} [{low:.3f}, {high:.3f}]\n" for label, value, (low, high) in rows) + f"    {'random':<32}0.500\n"
+    text += f"    {'over the longer one, same pairs':<32}{m['over_longer']:+.3f} [{m['over_longer_interval'][0]:+.3f}, {m['over_longer_interval'][1]:+.3f}]\n"
     text += f"  prefers the longer answer of a pair: {m['prefers_longer']:.3f}; score and length differences correlate: {m['correlation_with_length']:+.2f}\n"
     bins = ", ".join(f"{b['from']}..{b['to']}: {b['accuracy']:.2f} ({b['n']})" for b in m["by_length"])
     text += f"  accuracy by tokens(chosen) - tokens(rejected): {bins}\n"

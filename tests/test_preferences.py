@@ -72,8 +72,11 @@ def test_a_length_shortcut_is_visible():
     lengths = [(5, 3), (9, 2), (2, 4), (3, 8), (4, 4)]
     m = preferences.measures([[float(a), float(b)] for a, b in lengths], lengths)
     assert m["accuracy"] == m["longer_wins"] == 0.5 and m["prefers_longer"] == 1.0 and m["correlation_with_length"] == pytest.approx(1.0)
+    assert m["over_longer"] == 0 and m["over_longer_interval"] == (0, 0)  # on the same pairs it is right where length is, and only there
     assert [b["accuracy"] for b in m["by_length"]][0] == 0.0 and [b["accuracy"] for b in m["by_length"]][-1] == 1.0
     assert sum(b["n"] for b in m["by_length"]) == 5
+    m = preferences.measures([[1.0, 0.0]] * 3, [(5, 3), (3, 5), (4, 4)])
+    assert m["over_longer"] == 0.5 and preferences.report_pairs("x", m).count("over the longer one, same pairs +0.500 [") == 1
     assert preferences.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5  # one pair, all equal: nothing divides by 0
 
 
