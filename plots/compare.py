@@ -62,10 +62,10 @@ def method_of(program):
 
 
 def best_rate(folder, suite, key):
-    """(learning rate, where it is from) of a sweep, or (None, "default")."""
+    """(learning rate, where it is from) of a sweep, or (None, None)."""
     path = Path(folder) / f"sweep-{suite}-{key}.json"
     if not path.is_file():
-        return None, "default"
+        return None, None
     try:
         rows = json.loads(path.read_text())["rows"]
         return max(rows, key=lambda row: row["reward"])["lr"], f"{path.name}: " + ", ".join(f"{r['lr']:g}: {r['reward']:.3f}" for r in rows)
@@ -80,7 +80,8 @@ def words_of(run, args, places):
     for flag, (rate, _) in zip(("--lr", "--switch-lr"), rates):
         if rate is not None:
             words += [flag, f"{rate:g}"]
-    return words, "; ".join(dict.fromkeys(source for _, source in rates))
+    given = "given" if "--lr" in args.flags else "default"  # where no sweep says otherwise
+    return words, "; ".join(dict.fromkeys(source or given for _, source in rates))
 
 
 def settings_of(words):
