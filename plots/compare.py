@@ -62,10 +62,10 @@ def method_of(program):
 
 
 def best_rate(folder, suite, key):
-    """(learning rate, where it is from) of a sweep, or (None, None)."""
+    """(learning rate, where it is from) of a sweep, or (None, "default")."""
     path = Path(folder) / f"sweep-{suite}-{key}.json"
     if not path.is_file():
-        return None, None
+        return None, "default"
     try:
         rows = json.loads(path.read_text())["rows"]
         return max(rows, key=lambda row: row["reward"])["lr"], f"{path.name}: " + ", ".join(f"{r['lr']:g}: {r['reward']:.3f}" for r in rows)
@@ -74,14 +74,14 @@ def best_rate(folder, suite, key):
 
 
 def words_of(run, args, places):
-    """(words of a run's command line without --out, where its learning rate is from)."""
+    """(words of a run's command line without --out, where its learning rates are from). A rate given on the command line wins."""
     words = [*run.program.split(), *(word.format(**places) for word in run.flags), *args.flags]
-    rates = [best_rate(args.sweeps, args.suite, key) for key in run.sweeps]
-    for flag, (rate, _) in zip(("--lr", "--switch-lr"), rates):
-        if rate is not None:
-            words += [flag, f"{rate:g}"]
-    given = "given" if "--lr" in args.flags else "default"  # where no sweep says otherwise
-    return words, "; ".join(dict.fromkeys(source or given for _, source in rates))
+    sources = []
+    for flag, key in zip(("--lr", "--switch-lr"), run.sweeps):
+        rate, source = (None, "given") if flag in args.flags else best_rate(args.sweeps, args.suite, key)
+        words += [flag, f"{rate:g}"] if rate is not None else []
+        sources.append(source)
+    return words, "; ".join(dict.fromkeys(sources))
 
 
 def settings_of(words):

@@ -71,8 +71,11 @@ def test_the_best_rate_of_a_sweep_is_taken_and_each_stage_takes_its_own(tmp_path
     config = compare.settings_of(words)
     assert (config.lr, config.switch_lr) == (2e-3, 1e-3) and "0.002: 0.400" in source and "sweep-tiny-grpo.json" in source
     assert compare.words_of(suites.run("tiny", "dpo", 0), args, places(args))[1] == "default"
-    args.flags = ["--lr", "3e-4"]
-    assert compare.words_of(suites.run("tiny", "dpo", 0), args, places(args))[1] == "given"
+    args.flags = ["--lr", "3e-4"]  # wins over a sweep
+    words, source = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
+    config = compare.settings_of(words)
+    assert (config.lr, config.switch_lr) == (3e-4, 1e-3) and source.startswith("given; sweep-tiny-grpo.json")
+    args.flags = []
     (tmp_path / "sweep-tiny-dpo.json").write_text("{}")
     with pytest.raises(UserError, match="sweep-tiny-dpo.json"):
         compare.words_of(suites.run("tiny", "dpo", 0), args, places(args))
