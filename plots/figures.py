@@ -245,7 +245,7 @@ def strengths(logs):
 
 
 def uniapl(logs):
-    need(logs, "uniapl")
+    need(logs, "uniapl", "a-grpo", "shaping")  # of the comparison, and of the part itself
     sweep = strengths(logs)
     figure = plt.figure(figsize=(WIDTH, 6.4))
     spec = figure.add_gridspec(3, 2)
