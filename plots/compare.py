@@ -203,7 +203,7 @@ class Sweep:
         self.path = Path(args.sweeps) / f"sweep-{args.suite}-{key}.json"
         method, self.rates, flags = suites.sweep(args.suite, key)
         flags = [word.format(**places) for word in flags]
-        self.words = ["plots.sweep", method, "--lrs", *self.rates, "--out", str(self.path), "--", *flags, *args.flags]
+        self.words = ["plots.sweep", method, "--lrs", *self.rates, "--out", os.path.relpath(self.path), "--", *flags, *args.flags]
         self.name, self.log = f"sweep {key}", Path(args.out) / ".unfinished" / f"sweep-{key}.log"
 
     def done(self):
