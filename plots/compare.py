@@ -277,6 +277,7 @@ def arguments(argv):
     parser = study.parser(__doc__)
     parser.add_argument("--suite", choices=suites.SUITES, required=True)
     parser.add_argument("--part", nargs="+", choices=suites.PARTS, default=list(suites.PARTS), help="parts of the suite [all]")
+    parser.add_argument("--methods", nargs="+", choices=suites.METHODS, metavar="NAME", help="only these of the parts' runs [all]")
     parser.add_argument("--quick", action="store_true", help="a few steps of fewer runs: to see that everything works")
     parser.add_argument("--seeds", type=int, help="seeds of the comparison, and at most so many of the rest [by suite]")
     parser.add_argument("--jobs", type=int, help="runs at a time [a CPU: its cores, one thread each; a GPU: 1]. A run of SmolLM2 wants 4 GB")
@@ -308,7 +309,9 @@ def compare(argv):
     args = arguments(argv)
     graded = Path(args.out) / ".unfinished" / "data"
     places = {"model": args.model, "data": args.data, "reward": args.reward, "graded": str(graded)}
-    runs = suites.grid(args.suite, args.part, args.seeds, args.quick)
+    runs = [run for run in suites.grid(args.suite, args.part, args.seeds, args.quick) if run.name in (args.methods or [run.name])]
+    if not runs:
+        raise UserError(f"--methods {' '.join(args.methods)}: not in {', '.join(args.part)} of this suite")
     sweeps = [Sweep(key, args, places) for key in dict.fromkeys(key for run in runs for key in run.sweeps)] if args.sweep else []
     if args.list:
         for words in [s.words for s in sweeps] + [words_of(run, args, places)[0] for run in runs]:

@@ -105,7 +105,7 @@ SUITES = {
         extra={"ppo-4": 5}, sparse="--eval-every 25",
     ),
     "smollm2": Suite(
-        "--model {model} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 10",
+        "--model {model} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
         dict(comparison=3, ablations=1, sensitivity=1, quality=1, uniapl=1), "1e-4 3e-4 1e-3",
     ),
     "qwen3": Suite(

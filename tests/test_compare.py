@@ -112,6 +112,8 @@ def test_a_run_that_fails_is_one_line_and_the_rest_goes_on(tmp_path):
         (["--suite", "nosuch"], "nosuch"),
         (["--suite", "tiny", "--jobs", "0"], "--jobs 0"),
         (["--suite", "hh", "--reward", "a"], "--judge-reward"),
+        (["--suite", "tiny", "--methods", "nosuch"], "nosuch"),
+        (["--suite", "tiny", "--part", "comparison", "--methods", "luffy"], "--methods luffy"),
         (["--suite", "tiny", "--", "--group-size", "1"], "--group-size"),
         (["--suite", "tiny", "--", "--no-such-flag"], "no-such-flag"),
     ],
@@ -122,6 +124,12 @@ def test_bad_flags_are_one_line(flags, said, capsys, monkeypatch):
     assert exit_status(lambda: compare.compare(flags)) == 2
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def test_methods_are_chosen_by_name(capsys):
+    compare.compare(["--suite", "tiny", "--part", "comparison", "--seeds", "2", "--methods", "grao", "sft-grpo", "--list"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ["minigrao.py" in line for line in lines] == [False, True, False, True] and all("--variant sft-grpo" in line for line in lines[::2])
 
 
 def test_a_judge_scores_what_was_answered(load, tmp_path):
