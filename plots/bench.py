@@ -34,6 +34,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from data import UserError
@@ -42,11 +43,12 @@ from plots import bench_memory
 from plots.bench_worker import Worker, now
 from policy import Policy
 from record import environment, write_whole
-from sampling import Sampler
+from sampling import LlamaDecoder, Sampler, base_layer, linear, prepack
+from scoring import CHUNK_ROWS
 
 PROMPT, RANK, LR = 37, 16, 1e-5
 PHASES = ("rollout", "scoring", "update")
-PARTS = "loss,grpo,qwen3,sft,dpo,scaling,head,memory"  # of a whole run
+PARTS = "loss,grpo,qwen3,sft,dpo,scaling,products,head,memory"  # of a whole run
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -225,6 +227,45 @@ def bench_sampling(model, rows, tokens, repeats, quantize="none"):
     return {"rows": rows, "tokens": tokens, "seconds": median, "spread": spread, "tokens_per_second": speed, "speedup": median["generate"] / median["ours"]}
 
 
+def bench_products(model, rates, repeats, tokens):
+    """The frozen weights' products of a step of 1 x 8 samples alone, nothing between them: what the matrix library leaves of the limit at these sizes."""
+    policy = Policy.load(model, quantize="none", dtype="bfloat16")
+    decoder = LlamaDecoder(policy.hf)
+    decoder.refresh()
+    head = policy.hf.get_output_embeddings().weight.detach()
+    packed = [w for layer in decoder.weights for w in layer] + [prepack(head)]
+    frozen = [base_layer(p) for layer in decoder.groups for group in layer for p in group]
+    size = 2 * sum(w.numel() for w in packed)
+    result = []
+
+    def report(what, work, limit):
+        median, spread = alternate({"products": work}, repeats)
+        result.append({"what": what, "seconds": median["products"], "spread": spread["products"], "limit_seconds": limit, "share_of_limit": limit / median["products"]})
+        print(f"products alone, {what}: {1e3 * median['products']:.1f} ms, {limit / median['products']:.0%} of the limit", flush=True)
+
+    def states(rows, width):
+        return torch.randn(rows, width, device=policy.device).to(head.dtype)
+
+    with torch.no_grad():
+        for rows in (8, 16, 32):
+            x = {width: states(rows, width) for width in {w.shape[1] for w in packed}}
+            report(f"a position of {rows} rows", lambda: [linear(x[w.shape[1]], w, None) for w in packed], max(size / rates["bytes"], rows * size / rates["flops"]))
+        n, m = PROMPT + 8 * tokens, 8 * tokens
+        x = {width: states(n, width) for width in {width for p in frozen for width in p.weight.shape}}
+        p = states(CHUNK_ROWS, len(head))
+
+        def update():
+            for layer in frozen:
+                F.linear(x[layer.weight.shape[1]], layer.weight)
+                x[layer.weight.shape[0]] @ layer.weight
+            for i in range(0, m, CHUNK_ROWS):
+                F.linear(x[head.shape[1]][i : min(i + CHUNK_ROWS, m)], head)
+                p[: m - i] @ head
+
+        report(f"an update of {m} tokens", update, 2 * (n * (size - 2 * head.numel()) + m * 2 * head.numel()) / rates["flops"])
+    return result
+
+
 def bench_head(repeats, quick):
     """Log-probs through an output head of 151,936 x 1024, value and gradient: the time beside a dense one, and the peak by number of tokens."""
     size = (997, 64) if quick else ()
@@ -344,6 +385,8 @@ def bench(args, folder):
         result["sampling"] = [bench_sampling(model, rows_, few, args.repeats) for rows_ in ((2,) if args.quick else (8, 32))]
         if torch.cuda.is_available():
             result["sampling_nf4"] = bench_sampling(model, 8, few, args.repeats, quantize="nf4")
+    if due("products"):
+        result["products"] = bench_products(model, rates, args.repeats, few)
     if due("head"):
         result["head"] = bench_head(args.repeats, args.quick)
     if due("memory"):

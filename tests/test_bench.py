@@ -18,7 +18,7 @@ TRL = os.environ.get("MINIGRAO_TRL_PYTHON")
 def test_the_benchmark_runs_end_to_end(tmp_path):
     """Our side alone, every part that takes a step; a number that is missing or not positive would be a hole in the table."""
     out = tmp_path / "bench.json"
-    flags = ["--quick", "--only", "grpo,dpo,memory", "--out", str(out)]
+    flags = ["--quick", "--only", "grpo,dpo,products,memory", "--out", str(out)]
     done = subprocess.run([sys.executable, "-m", "plots.bench", *flags], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MINIGRAO_TRL_PYTHON": sys.executable})
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
@@ -27,6 +27,7 @@ def test_the_benchmark_runs_end_to_end(tmp_path):
     assert grpo["tokens_per_second"] > 0 and dpo["peak_bytes"] > 2**27 and all(grpo["seconds"][phase] > 0 for phase in ("rollout", "scoring", "update"))
     assert grpo["seconds"]["total"] == pytest.approx(sum(grpo["seconds"][phase] for phase in ("rollout", "scoring", "update")))
     assert 0 < grpo["share_of_limit"]["total"] < 1
+    assert len(result["products"]) == 4 and all(0 < row["seconds"] and 0 < row["share_of_limit"] for row in result["products"])
     for row in result["largest_tensors"]:
         assert max(row["largest"].values()) > 0
     assert result["role_bytes"]["role"] == result["role_bytes"]["adapter and head"] < 0.3 * result["role_bytes"]["model"]
