@@ -23,6 +23,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from dataclasses import asdict
 from multiprocessing.connection import wait
@@ -110,6 +111,7 @@ def write_graded(suite, data, folder):
 def work(words, log, judge):
     """Run a command line, its output in `log`; `judge`: None, or (samples.jsonl, reward model) to score afterwards. Exits with its status."""
     os.setsid()  # Ctrl-C reaches the runner alone, which passes it on
+    threading.Thread(target=stop_without_runner, daemon=True).start()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -118,6 +120,12 @@ def work(words, log, judge):
     if status == 0 and judge:
         status = exit_status(lambda: score_samples(*judge))
     sys.exit(status)
+
+
+def stop_without_runner():
+    """In a run: once the runner is gone, killed or with its terminal, save and stop, as on Ctrl-C."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def score_samples(path, model):

@@ -80,23 +80,30 @@ def test_what_is_done_is_skipped_and_what_is_missing_or_broken_is_made(quick):
     assert "lr is " in err and "now wanted 0.5" in err and len(err.splitlines()) == 1
 
 
-def test_stopped_and_gone_on_with_it_is_the_study_that_never_stopped(tmp_path):
-    """Ctrl-C in the middle of a run: nothing half made is kept, and the run goes on from its checkpoint."""
-    flags = ["--suite", "tiny", "--quick", "--part", "ablations", "--seeds", "1", "--jobs", "2"]
-    more = ["--", "--steps", "14"]
-    stopped = start("compare", *flags, "--out", tmp_path / "a", *more)
-    log, deadline = tmp_path / "a" / ".unfinished" / "grao-0" / "metrics.jsonl", time.time() + 300
+ABLATIONS, FOURTEEN = ["--suite", "tiny", "--quick", "--part", "ablations", "--seeds", "1", "--jobs", "2"], ["--", "--steps", "14"]
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole")
+    finish(start("compare", *ABLATIONS, "--methods", "grao", "--out", out, *FOURTEEN))
+    return logged(out / "grao" / "seed-0")
+
+
+@pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_stopped_and_gone_on_with_it_is_the_study_that_never_stopped(never_stopped, tmp_path, how, status):
+    """Ctrl-C, or the runner killed, in the middle of a run: nothing half made is kept, no run outlives it, and it goes on from its checkpoint."""
+    stopped = start("compare", *ABLATIONS, "--out", tmp_path, *FOURTEEN)
+    log, deadline = tmp_path / ".unfinished" / "grao-0" / "metrics.jsonl", time.time() + 300
     while not (log.is_file() and len(read_jsonl(log)) > 3) and time.time() < deadline:
         time.sleep(0.05)
-    stopped.send_signal(signal.SIGINT)
-    _, err = finish(stopped, status=130)
-    assert "go on with the same command" in err
-    steps = read_jsonl(log)[-1]["step"]
-    assert 3 <= steps < 14 and not (tmp_path / "a" / "grao").exists()
-    finish(start("compare", *flags, "--out", tmp_path / "a", *more))
-    again = logged(tmp_path / "a" / "grao" / "seed-0")
-    finish(start("compare", *flags, "--out", tmp_path / "b", *more))
-    assert again == logged(tmp_path / "b" / "grao" / "seed-0") and [line["step"] for line in again] == list(range(15))
+    stopped.send_signal(how)
+    _, err = finish(stopped, status)  # returns when no run holds its output any more
+    assert how == signal.SIGKILL or "go on with the same command" in err
+    assert 3 <= read_jsonl(log)[-1]["step"] < 14 and not (tmp_path / "grao").exists()
+    finish(start("compare", *ABLATIONS, "--methods", "grao", "--out", tmp_path, *FOURTEEN))
+    again = logged(tmp_path / "grao" / "seed-0")
+    assert again == never_stopped and [line["step"] for line in again] == list(range(15))
 
 
 def test_a_run_that_fails_is_one_line_and_the_rest_goes_on(tmp_path):
