@@ -4,6 +4,10 @@
 
 Every method is measured the same way: the mean reward of one sample for each training prompt (at most 1000) after the run, with its 95 %
 interval. What follows `--` are the method's own flags. The JSON holds one line for each learning rate, and the command.
+
+    python -m plots.sweep grpo --runs runs/grpo-3e-4 runs/grpo-1e-3 --out plots/logs/sweep-smollm2-grpo.json
+
+makes the table of runs that are there already, where a run costs too much to be thrown away: the mean reward of all samples of its last ten steps.
 """
 
 import argparse
@@ -17,10 +21,13 @@ import baselines
 import minigrao
 import train
 import uniapl
-from record import environment, summary, write_whole
+from data import UserError
+from models import first_line
+from record import environment, read_jsonl, summary, write_whole
 from settings import check_settings, parse
 
 MOST = 1000  # training prompts to score; fewer where the run had fewer
+LAST = 10  # steps of a finished run
 METHODS = baselines.METHODS | {"grao": minigrao.GRAO, "uniapl": uniapl.UNIAPL}
 
 
@@ -36,19 +43,34 @@ def train_reward(method, given, lr, folder):
     return {"lr": lr, "prompts": len(trainer.held_out)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
 
 
+def last_rewards(method, path):
+    """A finished run's samples of its last ten steps -> {"lr", "steps", "samples", "reward"}; UserError if it is not one of `method`, or did not sample."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+        settings, lines = config["settings"], [line for line in read_jsonl(path / "metrics.jsonl") if "reward/mean" in line][-LAST:]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--runs {path}: is not a run's folder ({first_line(error)})") from error
+    if config["method"] != method or not lines:
+        raise UserError(f"--runs {path}: is a run of {config['method']}" + (", not of " + method if config["method"] != method else ", which draws no samples in training"))
+    samples = len(lines) * settings["prompts_per_step"] * settings["group_size"]
+    return {"lr": settings["lr"], "steps": lines[-1]["step"], "samples": samples, "reward": sum(line["reward/mean"] for line in lines) / len(lines)}
+
+
 def main(argv):
     mine, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
-    parser.add_argument("--lrs", type=float, nargs="+", required=True, help="learning rates to try")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--lrs", type=float, nargs="+", help="learning rates to try")
+    which.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs that differ in their learning rate")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args(mine)
     method = METHODS[args.method]
     given = parse(method.config, theirs, "")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for lr in args.lrs:
-            rows.append(train_reward(method, given, lr, Path(folder) / f"{lr:g}"))
+        for each in args.lrs or args.runs:
+            rows.append(train_reward(method, given, each, Path(folder) / f"{each:g}") if args.lrs else last_rewards(args.method, each))
             print(rows[-1])
             result = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment(), "rows": rows}
             write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from plots import sweep
+from train import exit_status
 
 
 def test_a_sweep_scores_each_rate_on_the_training_prompts(tmp_path, monkeypatch):
@@ -15,3 +18,26 @@ def test_a_sweep_scores_each_rate_on_the_training_prompts(tmp_path, monkeypatch)
     assert (small["lr"], large["lr"]) == (1e-9, 0.5) and small["prompts"] == large["prompts"] == 5  # 6 were trained on, MOST are scored
     assert small["tokens"] != large["tokens"]  # each row is its own adapter's: 0.5 destroys the model
     assert result["command"].endswith(" ".join(flags)) and result["environment"]["versions"]["torch"]
+
+
+def write_run(folder, method, rewards, lr):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"method": method, "settings": {"lr": lr, "prompts_per_step": 3, "group_size": 4}}))
+    lines = [{"step": 0, "eval/reward": 9.0}] + [{"step": i + 1, **({} if r is None else {"reward/mean": r})} for i, r in enumerate(rewards)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_finished_runs_make_a_table_from_their_last_ten_steps(tmp_path):
+    slow, fast = (write_run(tmp_path / f"{lr}", "grpo", rewards, lr) for lr, rewards in ((1e-3, [0.0] * 5 + [0.25] * 10), (3e-4, [0.5] * 4)))
+    rows = sweep.main(["grpo", "--runs", slow, fast, "--out", str(tmp_path / "t.json")])
+    assert rows == [{"lr": 1e-3, "steps": 15, "samples": 120, "reward": 0.25}, {"lr": 3e-4, "steps": 4, "samples": 48, "reward": 0.5}]
+    assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
+
+
+@pytest.mark.parametrize("method, rewards, said", [("sft", [None] * 3, "draws no samples"), ("ppo", [0.1], "not of"), (None, [], "is not a run's folder")])
+def test_other_runs_are_one_line(tmp_path, capsys, method, rewards, said):
+    path = write_run(tmp_path / "x", method, rewards, 1e-3) if method else str(tmp_path / "none")
+    assert exit_status(lambda: sweep.main(["sft" if method == "sft" else "grpo", "--runs", path, "--out", str(tmp_path / "t.json")])) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
