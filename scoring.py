@@ -46,19 +46,25 @@ class ChunkedLogProb(torch.autograd.Function):
         logp = hidden.new_empty(len(hidden), dtype=precise)
         entropy = torch.empty_like(logp)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # Every chunk works in the same three matrices, which are the peak of a step at a large vocabulary.
+        low = hidden.new_empty(min(CHUNK_ROWS, len(hidden)), len(weight))
+        full = low if low.dtype == precise else torch.empty_like(low, dtype=precise)
+        exp = torch.empty_like(full)
         for i in range(0, len(hidden), CHUNK_ROWS):
             chunk, y = slice(i, i + CHUNK_ROWS), targets[i : i + CHUNK_ROWS]
-            z = F.linear(hidden[chunk], weight, bias).to(precise)  # (rows, V)
+            x, z, e = low[: len(y)], full[: len(y)], exp[: len(y)]  # (rows, V)
+            torch.mm(hidden[chunk], weight.T, out=x)
+            z.copy_(x)
+            if bias is not None:
+                z.add_(bias)
             if temperature != 1:
                 z.div_(temperature)
             z.sub_(z.amax(-1, keepdim=True))  # logits, shifted so that the largest is 0
-            e = z.exp()
-            total = e.sum(-1)
+            total = torch.exp(z, out=e).sum(-1)
             logp[chunk] = z.gather(-1, y[:, None])[:, 0] - total.log()
-            entropy[chunk] = total.log() - torch.linalg.vecdot(e, z) / total  # log sum e^z - sum p z
-            del z  # a third of the chunk's memory, before the next copy is made
+            entropy[chunk] = total.log() - z.mul_(e).sum(-1) / total  # log sum e^z - sum p z
             if grad is not None:
-                mean = (e.to(weight.dtype) @ weight) / total[:, None]  # sum_v p_v W_v
+                mean = (x.copy_(e) @ weight) / total[:, None]  # sum_v p_v W_v
                 grad[chunk] = (weight[y] - mean) / temperature
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(entropy)

@@ -100,7 +100,7 @@ def gpu_bytes(group, tokens, kept, prompt=64, trained=1, frozen=1, rank=16, shap
         "its temporaries: 4 of the MLP's width": 4 * rows * I * 2,
         "one dequantised weight": D * I * 2,
         "states before the head, bf16 and fp32, and their gradient": rows * D * 8,
-        "a chunk of logits: fp32 twice, bf16 twice": head * 12,
+        "a chunk of logits: fp32 twice, bf16 once": head * 10,
     }
     return {"rollout": both | rollout, "training": both | training}
 

@@ -361,7 +361,9 @@ def compare(argv):
         if failed:
             names = ", ".join(failed[:5]) + ", ..." * (len(failed) > 5)
             raise UserError(f"{len(failed)} of {len(tasks)} runs failed ({names}); the same command tries them again")
-        shutil.rmtree(graded.parent, ignore_errors=True)
+        shutil.rmtree(graded, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: checkpoints of runs that were not asked for this time
+            graded.parent.rmdir()
     write_whole(Path(args.out) / "budgets.md", budgets(study.load(args.out)))
     print(f"The logs are in {args.out}. Draw them: python -m plots.figures --logs {args.out} --out {Path(args.out) / 'figures'}")
     return True

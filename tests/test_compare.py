@@ -104,6 +104,7 @@ def test_stopped_and_gone_on_with_it_is_the_study_that_never_stopped(never_stopp
     finish(start("compare", *ABLATIONS, "--methods", "grao", "--out", tmp_path, *FOURTEEN))
     again = logged(tmp_path / "grao" / "seed-0")
     assert again == never_stopped and [line["step"] for line in again] == list(range(15))
+    assert (tmp_path / ".unfinished" / "grao-without-imitation-0").is_dir()  # not asked for this time: its checkpoint waits
 
 
 def test_a_run_that_fails_is_one_line_and_the_rest_goes_on(tmp_path):
