@@ -101,7 +101,7 @@ class Suite:
 SUITES = {
     "tiny": Suite(
         "--model tiny --steps 50 --prompts-per-step 16 --group-size 8 --max-new-tokens 24 --eval-prompts 256 --eval-every 10",
-        dict(comparison=10, ablations=5, sensitivity=2, quality=2, uniapl=2), "5e-4 1e-3 2e-3 4e-3", level="tiny",
+        dict(comparison=10, ablations=5, sensitivity=2, quality=5, uniapl=2), "5e-4 1e-3 2e-3 4e-3", level="tiny",
         extra={"ppo-4": 5}, sparse="--eval-every 25",
     ),
     "smollm2": Suite(
