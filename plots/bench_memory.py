@@ -26,14 +26,18 @@ class LargestTensors(TorchDispatchMode):
 
     def __init__(self, known=()):
         super().__init__()
-        self.known, self.sizes = {x.untyped_storage().data_ptr() for x in known}, {}
+        self.known, self.sizes, self.whole = {x.untyped_storage().data_ptr() for x in known}, {}, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and not x.is_mkldnn and x.untyped_storage().data_ptr() not in self.known:
+                place, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+                if x.nbytes < size and self.whole.get(place) == size:
+                    continue  # a part of what was counted whole
+                self.whole[place] = size
                 key = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-                self.sizes[key] = max(self.sizes.get(key, 0), x.untyped_storage().nbytes())
+                self.sizes[key] = max(self.sizes.get(key, 0), size)
         return out
 
     def top(self, n=5):

@@ -12,7 +12,7 @@ folder OUT/NAME/seed-N with config.json (settings, command, versions, machine), 
 of columns for each of the two evaluations, the first few answers as text); its checkpoint and adapter are deleted.
 Learning rates come from SWEEPS/sweep-SUITE-METHOD.json, the best by reward on training prompts; `--sweep` makes the missing ones first.
 
-What the tiny suite costs: 183 runs and seven sweeps took 6,404 seconds of one thread each, beside another program on two cores: 53 minutes there.
+What the tiny suite costs: 200 runs take about 6,800 seconds of one thread each, 57 minutes on two cores.
 """
 
 import contextlib
@@ -287,7 +287,7 @@ def arguments(argv):
     parser.add_argument("--part", nargs="+", choices=suites.PARTS, default=list(suites.PARTS), help="parts of the suite [all]")
     parser.add_argument("--methods", nargs="+", choices=suites.METHODS, metavar="NAME", help="only these of the parts' runs [all]")
     parser.add_argument("--quick", action="store_true", help="a few steps of fewer runs: to see that everything works")
-    parser.add_argument("--seeds", type=int, help="seeds of the comparison, and at most so many of the rest [by suite]")
+    parser.add_argument("--seeds", type=int, help="so many of every run [by suite and part]")
     parser.add_argument("--jobs", type=int, help="runs at a time [a CPU: its cores, one thread each; a GPU: 1]. A run of SmolLM2 wants 4 GB")
     parser.add_argument("--out", help="folder of the logs [runs/SUITE]")
     parser.add_argument("--model", help="smollm2, qwen3, hh: a hub name, a directory or a .gguf file")

@@ -101,7 +101,7 @@ class Suite:
 SUITES = {
     "tiny": Suite(
         "--model tiny --steps 50 --prompts-per-step 16 --group-size 8 --max-new-tokens 24 --eval-prompts 256 --eval-every 10",
-        dict(comparison=10, ablations=5, sensitivity=2, quality=5, uniapl=2), "5e-4 1e-3 2e-3 4e-3", level="tiny",
+        dict(comparison=10, ablations=5, sensitivity=2, quality=3, uniapl=2), "5e-4 1e-3 2e-3 4e-3", level="tiny",
         extra={"ppo-4": 5}, sparse="--eval-every 25",
     ),
     "smollm2": Suite(
@@ -138,13 +138,11 @@ class Run:
 
 
 def grid(suite, parts=tuple(PARTS), seeds=None, quick=False):
-    """The runs of some parts of a suite, each once, cheap and telling ones first. seeds: at most so many, or that many for the comparison."""
+    """The runs of some parts of a suite, each once, cheap and telling ones first. seeds: so many of every part."""
     s, wanted = SUITES[suite], {}  # (name, seed) -> None, in order
     for part in parts:
         names = QUICK_NAMES.get(part, PARTS[part]) if quick else PARTS[part]
-        n = (2 if part == "comparison" else 1) if quick else s.seeds[part]
-        if seeds is not None:
-            n = seeds if part == "comparison" else min(n, seeds)
+        n = seeds or ((2 if part == "comparison" else 1) if quick else s.seeds[part])
         wanted |= {(name, seed): None for seed in range(n) for name in names}
         if part == "comparison" and s.extra and not quick:
             wanted |= {(name, seed): None for name, most in s.extra.items() for seed in range(min(most, n))}

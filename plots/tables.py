@@ -269,8 +269,8 @@ def anchor(logs):
 
 def samples(logs, count=6):
     """The same held-out prompts answered by every method, one seed."""
-    names = present(logs, (*suites.COMPARED, "ppo-4"))
-    seed = min(set.intersection(*(set(logs[name]) for name in names)), default=None)
+    names = present(logs, (*suites.COMPARED, "ppo-4")) or sorted(logs)
+    seed = min(common_seeds(logs, names), default=None)
     if seed is None:
         return "The methods have no seed in common.\n"
     first, text = logs[names[0]][seed], f"# The same prompts, answered by every method (seed {seed})\n\nIn brackets: the reward.\n"

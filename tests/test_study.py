@@ -141,6 +141,13 @@ def test_a_missing_part_leaves_its_figure_out_and_says_so(tmp_path, capsys):
     assert "Not run: SFT, DPO, PPO" in (out / "results.md").read_text()
 
 
+@pytest.mark.parametrize("part", [part for part in suites.PARTS if part != "comparison"])
+def test_the_logs_of_one_part_alone(tmp_path, part):
+    logs = write_logs(tmp_path, suites.PARTS[part], seeds=1)
+    assert part in figures.draw(study.load(logs), tmp_path / "figures")
+    assert "answered by every method (seed 0)" in (tmp_path / "figures" / "samples.md").read_text()
+
+
 def test_logs_that_are_none(tmp_path):
     with pytest.raises(UserError, match="holds no logs"):
         study.load(tmp_path)

@@ -58,7 +58,7 @@ def test_the_grid_has_what_the_study_asks_for():
     assert sum(run.name == "grao" for run in runs) >= 10 and len(suites.SHARES) == 4
     assert all(tables.label(name) != name for name in suites.METHODS if name not in ("dpo",))
     assert {run.name for run in suites.grid("smollm2", ["comparison"])} == set(suites.COMPARED)
-    assert max(run.seed for run in suites.grid("tiny", seeds=2)) == 1
+    assert max(run.seed for run in suites.grid("tiny", seeds=2)) == 1 and max(run.seed for run in suites.grid("tiny", ["quality"], seeds=7)) == 6
     quick = suites.grid("tiny", quick=True)
     assert set(suites.COMPARED) <= {run.name for run in quick} and max(run.seed for run in quick) == 1 and len(quick) < 40
 
