@@ -22,20 +22,23 @@ QWEN3 = dict(layers=28, width=1024, inner=3072, heads=16, kv_heads=8, head_dim=1
 
 
 class LargestTensors(TorchDispatchMode):
-    """Within it, the size in bytes of every storage that an operation returns, by dtype and shape; storages in `known` do not count."""
+    """Within it, the size in bytes of every storage that an operation returns, by dtype and shape of the tensor that it was first seen as.
+
+    Storages in `known` do not count.
+    """
 
     def __init__(self, known=()):
         super().__init__()
-        self.known, self.sizes, self.whole = {x.untyped_storage().data_ptr() for x in known}, {}, {}
+        self.known, self.sizes, self.seen = {x.untyped_storage().data_ptr() for x in known}, {}, {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and not x.is_mkldnn and x.untyped_storage().data_ptr() not in self.known:
-                place, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-                if x.nbytes < size and self.whole.get(place) == size:
-                    continue  # a part of what was counted whole
-                self.whole[place] = size
+            if not isinstance(x, torch.Tensor) or x.is_mkldnn:
+                continue
+            place, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
+            if place not in self.known and not (x.nbytes < size and self.seen.get(place) == size):  # no part of what was counted whole
+                self.seen[place] = size
                 key = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
                 self.sizes[key] = max(self.sizes.get(key, 0), size)
         return out

@@ -145,6 +145,7 @@ def paired(logs, names, measure):
 
 
 def difference(r):
+    """compare_paired's result as text: the mean difference and its 95 % interval."""
     return "{difference:+.3f} [{low:+.3f}, {high:+.3f}]".format(**r)
 
 

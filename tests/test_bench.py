@@ -95,6 +95,12 @@ def test_the_watch_sees_a_dense_head(wide):
         assert max(watch.sizes.values()) == logits
 
 
+def test_the_watch_counts_a_part_of_a_tensor_once():
+    with bench_memory.LargestTensors() as watch:
+        torch.zeros(8, 4)[:2].add_(1)
+    assert watch.sizes == {"float32 (8, 4)": 8 * 4 * 4}
+
+
 def test_a_role_costs_its_adapter_and_its_head(load):
     policy = load()
     before = bench_memory.held_bytes(policy)
