@@ -232,13 +232,14 @@ def quality(logs):
 
 
 def crossings(logs):
-    """The shares of right references at which each method's line through its means crosses GRPO's."""
+    """The shares of right references at which each method's line through its means crosses GRPO's, means over the seeds that both have."""
     if "grpo-quality1" not in logs:
         return ""
-    grpo, text = matrix(logs, "grpo-quality1", "reward").mean(), ""
+    text = ""
     for method in suites.IMITATORS:
-        shares = [share for share in suites.SHARES if f"{method}-quality{share:g}" in logs]
-        gaps = [matrix(logs, f"{method}-quality{share:g}", "reward").mean() - grpo for share in shares]
+        seeds = {share: common_seeds(logs, ["grpo-quality1", name]) for share in suites.SHARES if (name := f"{method}-quality{share:g}") in logs}
+        shares = [share for share in seeds if seeds[share]]
+        gaps = [matrix(logs, f"{method}-quality{s:g}", "reward", seeds[s]).mean() - matrix(logs, "grpo-quality1", "reward", seeds[s]).mean() for s in shares]
         found = [s + (t - s) * a / (a - b) for s, t, a, b in zip(shares, shares[1:], gaps, gaps[1:]) if a * b < 0]
         if gaps:
             side = "ahead" if min(gaps) > 0 else "behind" if max(gaps) < 0 else "level somewhere, on one side of it elsewhere"

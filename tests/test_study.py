@@ -121,6 +121,8 @@ def test_numbers_in_the_tables(whole):
     assert "\nSFT does not cross GRPO: level somewhere" in tables.crossings(logs) and tables.crossings({}) == ""
     cut = {name: logs[name] for name in ("grpo-quality1", "grao-quality0.25", "grao-quality1")}
     assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)  # 0.25 below at 25 %, 0.25 above at 100 %
+    cut["grpo-quality1"] = cut["grpo-quality1"] | {9: logs["grao-quality1"][0]}  # a seed of GRPO's alone is no part of that
+    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)
     row = next(line for line in tables.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
     assert row == "| unified, λ = 3 | 2 | 0.900 → 0.400 | 1.000 → 1.000 | 0.500 → 0.500 | 5.000 → 5.000 |"
     assert "| CHORD (unified, λ = 0) | 2 | – |" in tables.anchor(logs)
