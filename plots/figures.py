@@ -232,7 +232,7 @@ def quality(logs):
     axis.plot(ends, [mean] * 2, color=colour("grpo"), label="GRPO, which does not read them")
     if next(iter(logs["grpo-quality1"].values())).settings.get("reward", "verifier") == "verifier":  # whose mean over references is that share
         axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the references themselves")
-    axis.axhline(next(iter(logs["grpo-quality1"].values())).before["reward"].mean(), color=COLOURS["base"], linewidth=0.8, label="before training")
+    axis.axhline(np.mean([run.before["reward"].mean() for run in logs["grpo-quality1"].values()]), color=COLOURS["base"], linewidth=0.8, label="before training")
     axis.set(xlabel="share of right references", ylabel="mean reward, held out")
     figure.legend(loc="outside right center", fontsize=8)
     return figure
