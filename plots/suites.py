@@ -115,7 +115,7 @@ SUITES = {
     "hh": Suite(
         "--model {model} --data {data} --reward {reward} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --max-prompt-tokens 256 "
         "--max-reference-tokens 128 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
-        dict(comparison=1, ablations=1, sensitivity=1, quality=1, uniapl=1), "1e-4 3e-4", level=None, polar=False,
+        dict(comparison=1, ablations=1, sensitivity=1, quality=1, uniapl=1), "1e-4 3e-4 1e-3", level=None, polar=False,
     ),
 }
 # --quick: the same programs and figures with next to no training; a later flag wins over an earlier one.

@@ -7,7 +7,8 @@ interval. What follows `--` are the method's own flags. The JSON holds one line 
 
     python -m plots.sweep grpo --runs runs/grpo-3e-4 runs/grpo-1e-3 --out plots/logs/sweep-smollm2-grpo.json
 
-makes the table of runs that are there already, where a run costs too much to be thrown away: the mean reward of all samples of its last ten steps.
+makes the table of runs that are there already, where a run costs too much to be thrown away: measured in that way if each folder still has its
+adapter; if it is down to its logs, by the mean reward of all samples of the last ten steps, which a collapse near the end hardly moves.
 """
 
 import argparse
@@ -36,24 +37,45 @@ def train_reward(method, given, lr, folder):
     path = train.run(method, given | {"lr": lr, "out": str(folder)})
     if path is None:
         raise KeyboardInterrupt
+    return final_reward(method, given | {"lr": lr}, path)
+
+
+def final_reward(method, given, path):
+    """The policy that a finished run has left in `path`, on its training prompts."""
     method = dataclasses.replace(method, setup=None)  # sampling needs no value function and no discriminator
     trainer = train.Trainer(method, check_settings(method.config(**given | {"from_adapter": str(path / "adapter")})))
     trainer.held_out = trainer.records[:MOST]
     measured = summary(trainer.evaluate())
-    return {"lr": lr, "prompts": len(trainer.held_out)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
+    return {"lr": given["lr"], "prompts": len(trainer.held_out)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
 
 
-def last_rewards(method, path):
-    """A finished run's samples of its last ten steps -> {"lr", "steps", "samples", "reward"}; UserError if it is not one of `method`, or did not sample."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        settings, lines = config["settings"], [line for line in read_jsonl(path / "metrics.jsonl") if "reward/mean" in line][-LAST:]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--runs {path}: is not a run's folder ({first_line(error)})") from error
-    if config["method"] != method or not lines:
-        raise UserError(f"--runs {path}: is a run of {config['method']}" + (", not of " + method if config["method"] != method else ", which draws no samples in training"))
+def last_rewards(settings, lines):
+    """A finished run's samples of its last ten steps -> {"lr", "steps", "samples", "reward"}."""
+    lines = lines[-LAST:]
     samples = len(lines) * settings["prompts_per_step"] * settings["group_size"]
     return {"lr": settings["lr"], "steps": lines[-1]["step"], "samples": samples, "reward": sum(line["reward/mean"] for line in lines) / len(lines)}
+
+
+def finished(method, paths):
+    """The row of each finished run, all of one kind; UserError for what is not a run of `method`, or cannot be measured like the others."""
+    runs, kept = [], [(path / "adapter").is_dir() for path in paths]
+    for path in paths:
+        try:
+            config = json.loads((path / "config.json").read_text())
+            name, settings = config["method"], dict(config["settings"])
+            settings = dataclasses.asdict(METHODS[name].config(**settings))
+            lines = [line for line in read_jsonl(path / "metrics.jsonl") if "reward/mean" in line]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--runs {path}: is not a run's folder ({first_line(error)})") from error
+        if name != method.name:
+            raise UserError(f"--runs {path}: is a run of {name}, not of {method.name}")
+        if not lines and not all(kept):
+            raise UserError(f"--runs {path}: {name} draws no samples in training, so every run's adapter is needed")
+        runs.append((path, settings, lines))
+    if any(kept) and not all(kept):
+        raise UserError(f"--runs {paths[kept.index(False)]}: has no adapter, {paths[kept.index(True)]} has one, and the two measures do not compare")
+    for path, settings, lines in runs:
+        yield final_reward(method, settings, path) if all(kept) else last_rewards(settings, lines)
 
 
 def main(argv):
@@ -69,9 +91,10 @@ def main(argv):
     given = parse(method.config, theirs, "")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for each in args.lrs or args.runs:
-            rows.append(train_reward(method, given, each, Path(folder) / f"{each:g}") if args.lrs else last_rewards(args.method, each))
-            print(rows[-1])
+        measured = (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs) if args.lrs else finished(method, args.runs)
+        for row in measured:
+            rows.append(row)
+            print(row)
             result = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment(), "rows": rows}
             write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")
     return rows

@@ -1,10 +1,13 @@
 """plots/sweep.py: the learning rates of a method, compared on the prompts it trained on."""
 
 import json
+import shutil
 
 import pytest
 
+import train
 from plots import sweep
+from settings import parse
 from train import exit_status
 
 
@@ -18,6 +21,18 @@ def test_a_sweep_scores_each_rate_on_the_training_prompts(tmp_path, monkeypatch)
     assert (small["lr"], large["lr"]) == (1e-9, 0.5) and small["prompts"] == large["prompts"] == 5  # 6 were trained on, MOST are scored
     assert small["tokens"] != large["tokens"]  # each row is its own adapter's: 0.5 destroys the model
     assert result["command"].endswith(" ".join(flags)) and result["environment"]["versions"]["torch"]
+
+
+def test_finished_runs_that_kept_their_adapters_are_measured_as_a_sweep_is(tmp_path):
+    flags = ["--model", "tiny", "--steps", "2", "--prompts-per-step", "3", "--group-size", "2", "--eval-prompts", "2", "--max-new-tokens", "8"]
+    rates = ["1e-9", "0.5"]
+    for lr in rates:
+        train.run(sweep.METHODS["grpo"], parse(sweep.METHODS["grpo"].config, [*flags, "--lr", lr, "--out", str(tmp_path / lr)], ""))
+    swept = sweep.main(["grpo", "--lrs", *rates, "--out", str(tmp_path / "a.json"), "--", *flags])
+    runs = [str(tmp_path / lr) for lr in rates]
+    assert sweep.main(["grpo", "--runs", *runs, "--out", str(tmp_path / "b.json")]) == swept
+    shutil.rmtree(tmp_path / "0.5" / "adapter")
+    assert exit_status(lambda: sweep.main(["grpo", "--runs", *runs, "--out", str(tmp_path / "c.json")])) == 2 and not (tmp_path / "c.json").exists()
 
 
 def write_run(folder, method, rewards, lr):
