@@ -300,15 +300,20 @@ def tokenizer_print(tokenizer):
     return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()).hexdigest()[:16]
 
 
+def find_scorer(name):
+    """The directory of a reward model, a hub one downloaded if needed; UserError if there is none."""
+    if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
+        raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
+    return Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
+
+
 def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
 
     A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside,
     in NF4 if it was trained so.
     """
-    if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
-        raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
-    directory = Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
+    directory = find_scorer(name)
     if not (directory / "adapter_config.json").is_file():
         return Classifier(name, device, dtype, most)
     try:

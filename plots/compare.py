@@ -36,11 +36,11 @@ import minigrao
 import uniapl
 from data import UserError
 from data.graded import graded_tasks
-from models import first_line
+from models import find_model, first_line
 from plots import study, suites, sweep
 from plots.tables import budgets
 from record import RunFolder, read_jsonl, write_whole
-from reward import ModelReward, load_scorer
+from reward import ModelReward, find_scorer, load_scorer
 from settings import check_settings, parse
 from train import exit_status
 from train import main as train_main
@@ -74,12 +74,24 @@ def best_rate(folder, suite, key):
         raise UserError(f"{path}: is not a table of plots.sweep ({first_line(error)})") from error
 
 
+def check_flags(run, flags):
+    """UserError for a flag after `--` that is the runner's own, or part of what the run's name says."""
+    said = {"--seed", "--out", "--resume", "--overwrite", *(word for word in suites.METHODS[run.name][1].split() if word.startswith("--"))}
+    if clash := said & names(flags):
+        raise UserError(f"{min(clash)} after --: is set by the grid (plots/suites.py) in {run.name}")
+
+
+def names(flags):
+    """["--lr=1e-3", "--steps", "3"] -> {"--lr", "--steps"}."""
+    return {word.split("=")[0] for word in flags if word.startswith("--")}
+
+
 def words_of(run, args, places):
     """(words of a run's command line without --out, where its learning rates are from). A rate given on the command line wins."""
     words = [*run.program.split(), *(word.format(**places) for word in run.flags), *args.flags]
     sources = []
     for flag, key in zip(("--lr", "--switch-lr"), run.sweeps):
-        rate, source = (None, "given") if flag in args.flags else best_rate(args.sweeps, args.suite, key)
+        rate, source = (None, "given") if flag in names(args.flags) else best_rate(args.sweeps, args.suite, key)
         words += [flag, f"{rate:g}"] if rate is not None else []
         sources.append(source)
     return words, "; ".join(dict.fromkeys(sources))
@@ -320,11 +332,17 @@ def compare(argv):
     runs = [run for run in suites.grid(args.suite, args.part, args.seeds, args.quick) if run.name in (args.methods or [run.name])]
     if not runs:
         raise UserError(f"--methods {' '.join(args.methods)}: not in {', '.join(args.part)} of this suite")
+    for run in runs:
+        check_flags(run, args.flags)
     sweeps = [Sweep(key, args, places) for key in dict.fromkeys(key for run in runs for key in run.sweeps)] if args.sweep else []
     if args.list:
         for words in [s.words for s in sweeps] + [words_of(run, args, places)[0] for run in runs]:
             print(shlex.join(["python", *(["-m"] if words[0] == "plots.sweep" else []), *words]))
         return True
+    if "{model}" in suites.SUITES[args.suite].flags:
+        find_model(args.model)  # missed once, not by every run; and a GGUF file is converted once
+    if args.judge_reward:
+        find_scorer(args.judge_reward)  # not first missed when the first run is trained
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Every run is a process of its own. On a CPU they are forked from one that has imported torch and transformers; CUDA survives no fork.

@@ -108,10 +108,10 @@ def test_stopped_and_gone_on_with_it_is_the_study_that_never_stopped(never_stopp
 
 
 def test_a_run_that_fails_is_one_line_and_the_rest_goes_on(tmp_path):
-    flags = ["--suite", "smollm2", "--quick", "--part", "comparison", "--seeds", "1", "--out", tmp_path / "x"]
-    _, err = finish(start("compare", *flags, "--model", tmp_path / "none.gguf"), status=2)
+    flags = ["--suite", "hh", "--quick", "--part", "comparison", "--seeds", "1", "--model", "tiny", "--data", "tasks", "--out", tmp_path / "x"]
+    _, err = finish(start("compare", *flags, "--reward", "none", "--judge-reward", ROOT / "data" / "tiny"), status=2)
     lines = [line for line in err.splitlines() if "seed 0: failed (2): error: " in line]
-    assert len(lines) == len(suites.COMPARED) and "none.gguf" in lines[0] and "7 of 7 runs failed" in err.splitlines()[-1]
+    assert len(lines) == len(suites.COMPARED) and "--reward none" in lines[0] and "7 of 7 runs failed" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +124,10 @@ def test_a_run_that_fails_is_one_line_and_the_rest_goes_on(tmp_path):
         (["--suite", "tiny", "--part", "comparison", "--methods", "luffy"], "--methods luffy"),
         (["--suite", "tiny", "--", "--group-size", "1"], "--group-size"),
         (["--suite", "tiny", "--", "--no-such-flag"], "no-such-flag"),
+        (["--suite", "tiny", "--", "--seed", "3"], "--seed after --"),  # every seed would be this one
+        (["--suite", "tiny", "--methods", "chord", "--", "--variant=ptx"], "--variant after --"),
+        (["--suite", "smollm2", "--model", "none.gguf"], "none.gguf"),
+        (["--suite", "hh", "--model", "tiny", "--reward", "a", "--judge-reward", "none"], "reward model none"),
     ],
 )
 def test_bad_flags_are_one_line(flags, said, capsys, monkeypatch):

@@ -75,7 +75,11 @@ def test_the_best_rate_of_a_sweep_is_taken_and_each_stage_takes_its_own(tmp_path
     words, source = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
     config = compare.settings_of(words)
     assert (config.lr, config.switch_lr) == (3e-4, 1e-3) and source.startswith("given; sweep-tiny-grpo.json")
+    args.flags = ["--lr=3e-4"]  # in either spelling
+    words, _ = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
+    assert compare.settings_of(words).lr == 3e-4
     args.flags = []
+
     (tmp_path / "sweep-tiny-dpo.json").write_text("{}")
     with pytest.raises(UserError, match="sweep-tiny-dpo.json"):
         compare.words_of(suites.run("tiny", "dpo", 0), args, places(args))
