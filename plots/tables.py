@@ -83,12 +83,12 @@ def budgets(logs):
         ])
     header = ["", "seeds", "steps", "optimiser updates", "prompts a step", "samples", "generated tokens", "learning rate"]
     text = markdown([*header, "chosen from (reward on training prompts)", "s a run"], rows)
-    first = next(iter(next(iter(logs.values())).values()))
-    about = first.config["environment"]
+    environments = [run.config["environment"] for runs in logs.values() for run in runs.values()]
+    about, commits = environments[0], sorted({str(each["commit"]) for each in environments})
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     return text + (
         f"\nSamples: prompts × G × the steps that sample. Samples drawn to train a fixed discriminator and for evaluation are not counted. Seconds: median, "
-        f"training alone, {about['gpu'] or about['machine']}; {versions}; commit {about['commit']}.\n"
+        f"training alone, {about['gpu'] or about['machine']}; {versions}; commit {', '.join(commits)}.\n"
     )
 
 

@@ -18,7 +18,7 @@ def write_run(folder, name, seed, reward, judged=False):
     rng = np.random.default_rng([seed, len(name)])
     folder.mkdir(parents=True)
     settings = dict(steps=STEPS, prompts_per_step=2, group_size=8, lr=1e-3, switch_lr=None)
-    environment = dict(versions={"torch": "2"}, gpu=None, machine="m", commit="c")
+    environment = dict(versions={"torch": "2"}, gpu=None, machine="m", commit=f"c{seed}")
     (folder / "config.json").write_text(json.dumps(dict(method="m", settings=settings, environment=environment)))
     lines = []
     for step in range(STEPS + 1):
@@ -126,6 +126,7 @@ def test_numbers_in_the_tables(whole):
     row = next(line for line in tables.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
     assert row == "| unified, λ = 3 | 2 | 0.900 → 0.400 | 1.000 → 1.000 | 0.500 → 0.500 | 5.000 → 5.000 |"
     assert "| CHORD (unified, λ = 0) | 2 | – |" in tables.anchor(logs)
+    assert "commit c0, c1." in tables.budgets(logs)
     budget = next(line for line in tables.budgets(logs).splitlines() if line.startswith("| GRPO |"))
     assert "| 2 | 6 | 6 | 2 | 96 | 600 | 0.001 | default | 6 |" in budget
     assert "| 0 | 0 |" in next(line for line in tables.budgets(logs).splitlines() if line.startswith("| SFT |"))
