@@ -8,7 +8,7 @@ interval. What follows `--` are the method's own flags. The JSON holds one line 
     python -m plots.sweep grpo --runs runs/grpo-3e-4 runs/grpo-1e-3 --out plots/logs/sweep-smollm2-grpo.json
 
 makes the table of runs that are there already, where a run costs too much to be thrown away: measured in that way if each folder still has its
-adapter; if it is down to its logs, by the mean reward of all samples of the last ten steps, which a collapse near the end hardly moves.
+adapter; if it is down to its logs, by the mean reward of all samples of the last ten steps (--last), which a collapse near the end hardly moves.
 """
 
 import argparse
@@ -28,7 +28,6 @@ from record import environment, read_jsonl, summary, write_whole
 from settings import check_settings, parse
 
 MOST = 1000  # training prompts to score; fewer where the run had fewer
-LAST = 10  # steps of a finished run
 METHODS = baselines.METHODS | {"grao": minigrao.GRAO, "uniapl": uniapl.UNIAPL}
 
 
@@ -49,14 +48,14 @@ def final_reward(method, given, path):
     return {"lr": given["lr"], "prompts": len(trainer.held_out)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
 
 
-def last_rewards(settings, lines):
-    """A finished run's samples of its last ten steps -> {"lr", "steps", "samples", "reward"}."""
-    lines = lines[-LAST:]
+def last_rewards(settings, lines, last):
+    """A finished run's samples of its `last` steps -> {"lr", "steps", "samples", "reward"}."""
+    lines = lines[-last:]
     samples = len(lines) * settings["prompts_per_step"] * settings["group_size"]
     return {"lr": settings["lr"], "steps": lines[-1]["step"], "samples": samples, "reward": sum(line["reward/mean"] for line in lines) / len(lines)}
 
 
-def finished(method, paths):
+def finished(method, paths, last):
     """The row of each finished run, all of one kind; UserError for what is not a run of `method`, or cannot be measured like the others."""
     runs, kept = [], [(path / "adapter").is_dir() for path in paths]
     for path in paths:
@@ -75,7 +74,7 @@ def finished(method, paths):
     if any(kept) and not all(kept):
         raise UserError(f"--runs {paths[kept.index(False)]}: has no adapter, {paths[kept.index(True)]} has one, and the two measures do not compare")
     for path, settings, lines in runs:
-        yield final_reward(method, settings, path) if all(kept) else last_rewards(settings, lines)
+        yield final_reward(method, settings, path) if all(kept) else last_rewards(settings, lines, last)
 
 
 def main(argv):
@@ -85,13 +84,16 @@ def main(argv):
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--lrs", type=float, nargs="+", help="learning rates to try")
     which.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs that differ in their learning rate")
+    parser.add_argument("--last", type=int, default=10, help="--runs without adapters: steps whose samples count [10]")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args(mine)
+    if args.last < 1:
+        raise UserError(f"--last {args.last}: must be at least 1")
     method = METHODS[args.method]
     given = parse(method.config, theirs, "")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        measured = (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs) if args.lrs else finished(method, args.runs)
+        measured = (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs) if args.lrs else finished(method, args.runs, args.last)
         for row in measured:
             rows.append(row)
             print(row)

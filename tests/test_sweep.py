@@ -48,6 +48,9 @@ def test_finished_runs_make_a_table_from_their_last_ten_steps(tmp_path):
     rows = sweep.main(["grpo", "--runs", slow, fast, "--out", str(tmp_path / "t.json")])
     assert rows == [{"lr": 1e-3, "steps": 15, "samples": 120, "reward": 0.25}, {"lr": 3e-4, "steps": 4, "samples": 48, "reward": 0.5}]
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
+    (row,) = sweep.main(["grpo", "--runs", slow, "--last", "12", "--out", str(tmp_path / "t.json")])
+    assert row == {"lr": 1e-3, "steps": 15, "samples": 144, "reward": pytest.approx(2.5 / 12)}
+    assert exit_status(lambda: sweep.main(["grpo", "--runs", slow, "--last", "0", "--out", str(tmp_path / "t.json")])) == 2
 
 
 @pytest.mark.parametrize("method, rewards, said", [("sft", [None] * 3, "draws no samples"), ("ppo", [0.1], "not of"), (None, [], "is not a run's folder")])
