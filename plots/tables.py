@@ -278,11 +278,14 @@ def anchor(logs):
 
 
 def samples(logs, count=6):
-    """The same held-out prompts answered by every method, one seed."""
+    """The same held-out prompts answered by every method, one seed. Logs whose texts were taken out, as of data not to be published, are left out."""
     names = present(logs, (*suites.COMPARED, "ppo-4")) or sorted(logs)
     seed = min(common_seeds(logs, names), default=None)
     if seed is None:
         return "The methods have no seed in common.\n"
+    names = [name for name in names if logs[name][seed].after.get("texts")]
+    if not names:
+        return "The logs hold no texts.\n"
     first, text = logs[names[0]][seed], f"# The same prompts, answered by every method (seed {seed})\n\nIn brackets: the reward.\n"
     for i, before in enumerate(first.before["texts"][:count]):
         prompt = before["prompt"] if isinstance(before["prompt"], str) else before["prompt"][-1]["content"]

@@ -75,6 +75,16 @@ def test_what_is_kept_is_small_and_reads_back(whole):
     assert set(study.load(whole)) == set(suites.METHODS)  # and nothing of .unfinished
 
 
+def test_logs_without_texts_are_left_out_of_the_page_of_samples(whole):
+    logs = study.load(whole)
+    del logs["sft"][0].before["texts"], logs["sft"][0].after["texts"]
+    page = tables.samples(logs)
+    assert "| GRAO |" in page and "| SFT |" not in page
+    for name in logs:
+        logs[name][0].after["texts"] = []
+    assert tables.samples(logs) == "The logs hold no texts.\n"
+
+
 def test_measures_by_hand(whole):
     logs = study.load(whole)
     assert study.matrix(logs, "grao", "ras").mean() == 5 / 12  # of the nine paid answers, the four to odd prompts only tie
