@@ -53,13 +53,19 @@ def _clean(mask, **tensors):
     """
     _want(mask.dim() == 2 and mask.numel(), f"mask must be (N, T) with N, T >= 1, got {tuple(mask.shape)}")
     for name, x in tensors.items():
-        _want(x is None or x.shape == mask.shape, f"{name} is {None if x is None else tuple(x.shape)} but mask is {tuple(mask.shape)}")
+        _want(
+            x is None or x.shape == mask.shape,
+            f"{name} is {None if x is None else tuple(x.shape)} but mask is {tuple(mask.shape)}",
+        )
     mask = mask.bool()
     return mask, *(None if x is None else torch.where(mask, _widen(x), 0) for x in tensors.values())
 
 
 def _per_row(name, x, mask):  # (N,) -> (N, T)
-    _want(x.shape == mask.shape[:1], f"{name} is {tuple(x.shape)} but mask is {tuple(mask.shape)}; want (N,) and (N, T)")
+    _want(
+        x.shape == mask.shape[:1],
+        f"{name} is {tuple(x.shape)} but mask is {tuple(mask.shape)}; want (N,) and (N, T)",
+    )
     return x.detach()[:, None].expand_as(mask)
 
 
@@ -82,7 +88,10 @@ def normaliser(mask, aggregate="token", max_length=None):
     "token": valid tokens. "sequence": rows, one without a valid token too: 1/G in GRPO's eq. (3) stays 1/G, as in TRL.
     "constant": rows * max_length (default T, which differs between micro-batches, so set it).
     """
-    _want(aggregate in ("sequence", "token", "constant"), f"aggregate must be one of sequence, token, constant, got {aggregate!r}")
+    _want(
+        aggregate in ("sequence", "token", "constant"),
+        f"aggregate must be one of sequence, token, constant, got {aggregate!r}",
+    )
     _want(max_length is None or max_length >= 1, f"max_length must be at least 1, got {max_length}")
     N, T = mask.shape
     counts = {"token": mask.bool().sum(), "sequence": N, "constant": N * (max_length or T)}
@@ -107,7 +116,15 @@ def sft_loss(logps, mask, per_response=False, denominator=None):
 
 
 # -------------------------------------------------------------------------------------------------------------------------------------- DPO
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.0, denominator=None):
+def dpo_loss(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta=0.1,
+    label_smoothing=0.0,
+    denominator=None,
+):
     """Four (N,) of log-probs summed over completions -> (scalar loss, chosen_rewards (N,), rejected_rewards (N,)).
 
     The rewards are the implicit ones, beta * log(pi / pi_ref), detached; only their difference is trained. label_smoothing in [0, 0.5] is
@@ -115,13 +132,23 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     """
     given = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     shapes = [tuple(x.shape) for x in given]
-    _want(len(shapes[0]) == 1 and len(set(shapes)) == 1, f"dpo_loss wants four (N,) of summed log-probs, got {shapes}")
-    _want(beta > 0 and 0 <= label_smoothing <= 0.5, f"want beta > 0 and label_smoothing in [0, 0.5], got {beta} and {label_smoothing}")
+    _want(
+        len(shapes[0]) == 1 and len(set(shapes)) == 1,
+        f"dpo_loss wants four (N,) of summed log-probs, got {shapes}",
+    )
+    _want(
+        beta > 0 and 0 <= label_smoothing <= 0.5,
+        f"want beta > 0 and label_smoothing in [0, 0.5], got {beta} and {label_smoothing}",
+    )
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = (_widen(x) for x in given)
-    chosen_rewards = beta * (chosen_logps - ref_chosen_logps.detach())  # 2305.18290 eq. (5); log Z cancels below
+    chosen_rewards = beta * (
+        chosen_logps - ref_chosen_logps.detach()
+    )  # 2305.18290 eq. (5); log Z cancels below
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps.detach())
     h, eps = chosen_rewards - rejected_rewards, label_smoothing
-    losses = -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)  # 2305.18290 eq. (7); eps is conservative DPO's
+    losses = -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(
+        -h
+    )  # 2305.18290 eq. (7); eps is conservative DPO's
     n = torch.as_tensor(len(losses) if denominator is None else denominator)
     return losses.sum() / n.clamp(min=1), chosen_rewards.detach(), rejected_rewards.detach()
 
@@ -131,8 +158,13 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 def grpo_advantages(rewards, scale="std", eps=1e-6, ddof=0):
     """Rewards (B, G) -> advantages (B, G), by group. scale="none" is Dr. GRPO's; ddof=1, eps=1e-4 are TRL's."""
     _want(scale in ("std", "none"), f"scale must be one of std, none, got {scale!r}")
-    _want(rewards.dim() == 2 and rewards.numel(), f"rewards must be (B, G) with B, G >= 1, got {tuple(rewards.shape)}")
-    _want(torch.isfinite(rewards).all(), "rewards hold NaN or infinity")  # which one step would spread to every weight
+    _want(
+        rewards.dim() == 2 and rewards.numel(),
+        f"rewards must be (B, G) with B, G >= 1, got {tuple(rewards.shape)}",
+    )
+    _want(
+        torch.isfinite(rewards).all(), "rewards hold NaN or infinity"
+    )  # which one step would spread to every weight
     r = _widen(rewards)
     A = r - r.mean(1, keepdim=True)
     if scale == "std":
@@ -153,7 +185,10 @@ def kl_estimate(logps, ref_logps, kind="k3", ratio=None):
     `ratio` is pi/pi_old with its gradient; None means on-policy, pi_old = pi.
     """
     _want(kind in KL, f"kl must be one of {', '.join(KL)}, got {kind!r}")
-    _want(logps.shape == ref_logps.shape, f"logps is {tuple(logps.shape)} but ref_logps is {tuple(ref_logps.shape)}")
+    _want(
+        logps.shape == ref_logps.shape,
+        f"logps is {tuple(logps.shape)} but ref_logps is {tuple(ref_logps.shape)}",
+    )
     logps = _widen(logps)
     log_r = _widen(ref_logps).detach() - logps
     if kind == "k1":
@@ -164,7 +199,9 @@ def kl_estimate(logps, ref_logps, kind="k3", ratio=None):
 
 def _clipped_objective(logps, old_logps, A, mask, clip_low, clip_high):
     """All (N, T) and clean -> (objective per token, ratio, parts)."""
-    log_ratio = logps - (logps if old_logps is None else old_logps).detach()  # None: on-policy, ratio exactly 1
+    log_ratio = (
+        logps - (logps if old_logps is None else old_logps).detach()
+    )  # None: on-policy, ratio exactly 1
     ratio = torch.exp(log_ratio)
     # The min lets the clip bind only where the ratio has already gone the way A wants: low for A < 0, high for A > 0.
     objective = torch.min(ratio * A, ratio.clamp(1 - clip_low, 1 + clip_high) * A)  # 1707.06347 eq. (7)
@@ -180,18 +217,38 @@ def _clipped_objective(logps, old_logps, A, mask, clip_low, clip_high):
     return objective, ratio, parts
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, mask, clip_low=0.2, clip_high=0.2, kl_coef=0.0, kl="k3", aggregate="sequence",
-              max_length=None, denominator=None):
+def grpo_loss(
+    logps,
+    old_logps,
+    ref_logps,
+    advantages,
+    mask,
+    clip_low=0.2,
+    clip_high=0.2,
+    kl_coef=0.0,
+    kl="k3",
+    aggregate="sequence",
+    max_length=None,
+    denominator=None,
+):
     """GRPO's objective, negated. logps, old_logps, ref_logps, mask (N, T), advantages (N,) -> (scalar loss, parts).
 
     The ratio is clipped to [1 - clip_low, 1 + clip_high]. old_logps None: on-policy. ref_logps may be None if kl_coef is 0; where given,
     parts["kl"] reports the KL in any case. For kl see kl_estimate, for aggregate normaliser. On-policy the loss is 0 with "sequence", as
     advantages sum to 0 by group, and near 0 otherwise, as rows count by length; the gradient is not 0.
     """
-    _want(clip_low >= 0 and clip_high >= 0, f"clip_low must not be negative, nor clip_high; got {clip_low} and {clip_high}")
-    _want(kl_coef == 0 or (kl_coef > 0 and ref_logps is not None), f"kl_coef is {kl_coef}: negative, or ref_logps is None")
+    _want(
+        clip_low >= 0 and clip_high >= 0,
+        f"clip_low must not be negative, nor clip_high; got {clip_low} and {clip_high}",
+    )
+    _want(
+        kl_coef == 0 or (kl_coef > 0 and ref_logps is not None),
+        f"kl_coef is {kl_coef}: negative, or ref_logps is None",
+    )
     A = _per_row("advantages", advantages, mask)
-    mask, logps, old_logps, ref_logps, A = _clean(mask, logps=logps, old_logps=old_logps, ref_logps=ref_logps, A=A)
+    mask, logps, old_logps, ref_logps, A = _clean(
+        mask, logps=logps, old_logps=old_logps, ref_logps=ref_logps, A=A
+    )
     objective, ratio, parts = _clipped_objective(logps, old_logps, A, mask, clip_low, clip_high)
     per_token = -objective  # (N, T)
     if ref_logps is not None:
@@ -209,12 +266,17 @@ def token_rewards(scores, logps, ref_logps, mask, kl_coef):
 
     The EOS is the last valid token of a row, also of one cut at the length limit. ref_logps: None if kl_coef is 0.
     """
-    _want(kl_coef == 0 or (kl_coef > 0 and ref_logps is not None), f"kl_coef is {kl_coef}: negative, or ref_logps is None")
+    _want(
+        kl_coef == 0 or (kl_coef > 0 and ref_logps is not None),
+        f"kl_coef is {kl_coef}: negative, or ref_logps is None",
+    )
     scores = _per_row("scores", scores, mask)
     mask, logps, ref_logps, scores = _clean(mask, logps=logps, ref_logps=ref_logps, scores=scores)
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # (N, T); all False in a row without tokens
     score = torch.where(last, scores, 0)
-    return score if ref_logps is None else score - kl_coef * kl_estimate(logps, ref_logps, "k1")  # 2402.03300 eq. (2)
+    return (
+        score if ref_logps is None else score - kl_coef * kl_estimate(logps, ref_logps, "k1")
+    )  # 2402.03300 eq. (2)
 
 
 @torch.no_grad()
@@ -286,7 +348,9 @@ def flat(x):  # (B, G, T) -> (N, T), the shape of the losses
 @dataclass
 class SFTConfig(Config):
     presets = {"tiny": dict(lr=1e-3, steps=400), "chat": dict(lr=1e-4)}
-    per_response: bool = setting(False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens")
+    per_response: bool = setting(
+        False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens"
+    )
 
 
 def sft_update(trainer, records):
@@ -308,29 +372,51 @@ def sft_update(trainer, records):
 class DPOConfig(Config):
     presets = {"tiny": dict(lr=1e-3, beta=0.5, steps=200), "chat": dict(lr=1e-4, beta=0.1)}
     beta: float = setting(None, "how firmly the reference holds the policy", above=0, high=100)
-    label_smoothing: float = setting(0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5)
+    label_smoothing: float = setting(
+        0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5
+    )
 
 
 def dpo_update(trainer, records):
     """One optimisation step of DPO on B pairs, each a prompt with a group of two: chosen and rejected."""
     c, policy, sums, B = trainer.config, trainer.policy, Sums(), len(records)
-    trainer.note("DPO trains a difference: log-probs of chosen answers may fall (logp/chosen) while those of rejected ones fall faster. That is normal.")
-    prompts, pairs = [r["prompt_ids"] for r in records], [[r["reference_ids"], r["rejected_ids"]] for r in records]
+    trainer.note(
+        "DPO trains a difference: log-probs of chosen answers may fall (logp/chosen) while those of rejected ones fall faster. That is normal."
+    )
+    prompts, pairs = (
+        [r["prompt_ids"] for r in records],
+        [[r["reference_ids"], r["rejected_ids"]] for r in records],
+    )
     index = [r["record_index"] for r in records]
     # Kept in the checkpoint too: scored again in another micro-batch they would round otherwise.
-    frozen = trainer.kept.setdefault("reference_logps", torch.full((len(trainer.records), 2), math.nan, device=policy.device))
+    frozen = trainer.kept.setdefault(
+        "reference_logps", torch.full((len(trainer.records), 2), math.nan, device=policy.device)
+    )
     for part in trainer.micro_batches(prompts, pairs):
-        if new := [i for i in range(B)[part] if frozen[index[i], 0].isnan()]:  # the others are known from an earlier pass over the data
+        if new := [
+            i for i in range(B)[part] if frozen[index[i], 0].isnan()
+        ]:  # the others are known from an earlier pass over the data
             with torch.no_grad():
-                scored = policy.token_logps([prompts[i] for i in new], [pairs[i] for i in new], role="reference")
+                scored = policy.token_logps(
+                    [prompts[i] for i in new], [pairs[i] for i in new], role="reference"
+                )
             frozen[[index[i] for i in new]] = scored.logps.sum(-1)
         scored = policy.token_logps(prompts[part], pairs[part])
         chosen, rejected = scored.logps.sum(-1).unbind(1)
-        loss, r_chosen, r_rejected = dpo_loss(chosen, rejected, *frozen[index[part]].unbind(1), c.beta, c.label_smoothing, denominator=B)
+        loss, r_chosen, r_rejected = dpo_loss(
+            chosen, rejected, *frozen[index[part]].unbind(1), c.beta, c.label_smoothing, denominator=B
+        )
         loss.backward()
         margin = r_chosen - r_rejected
-        values = {"logp/chosen": chosen, "logp/rejected": rejected, "dpo/chosen": r_chosen, "dpo/rejected": r_rejected, "dpo/margin": margin,
-                  "dpo/accuracy": (margin > 0) + 0.5 * (margin == 0), "loss": (loss * B / len(margin)).expand(len(margin))}
+        values = {
+            "logp/chosen": chosen,
+            "logp/rejected": rejected,
+            "dpo/chosen": r_chosen,
+            "dpo/rejected": r_rejected,
+            "dpo/margin": margin,
+            "dpo/accuracy": (margin > 0) + 0.5 * (margin == 0),
+            "loss": (loss * B / len(margin)).expand(len(margin)),
+        }
         for name, value in values.items():
             sums.add(name, value)
     return sums.means() | trainer.optimizer_step() | {"updates": trainer.step + 1}
@@ -341,10 +427,18 @@ class GRPOConfig(Config):
     presets = {"tiny": dict(lr=2e-3), "chat": dict(lr=1e-4)}
     clip_low: float = setting(0.2, "the ratio is clipped below at 1 minus this", low=0, high=1)
     clip_high: float = setting(0.2, "and above at 1 plus this", low=0, high=100)
-    kl_coef: float = setting(0.0, "weight of the KL to the reference in the loss (paper: 0.04)", low=0, high=100)
+    kl_coef: float = setting(
+        0.0, "weight of the KL to the reference in the loss (paper: 0.04)", low=0, high=100
+    )
     kl: str = setting("k3_ratio", "its estimate; k3 is the paper's, see kl_estimate", choices=KL)
-    aggregate: str = setting("sequence", "sequence (paper), token (DAPO) or constant (Dr. GRPO)", choices=("sequence", "token", "constant"))
-    scale_advantages: str = setting("std", "divide advantages by the group's std, or none (Dr. GRPO)", choices=("std", "none"))
+    aggregate: str = setting(
+        "sequence",
+        "sequence (paper), token (DAPO) or constant (Dr. GRPO)",
+        choices=("sequence", "token", "constant"),
+    )
+    scale_advantages: str = setting(
+        "std", "divide advantages by the group's std, or none (Dr. GRPO)", choices=("std", "none")
+    )
     updates_per_rollout: int = setting(1, "optimiser updates on the samples of a step (mu)", low=1, high=1000)
 
 
@@ -352,10 +446,18 @@ def grpo_update(trainer, records):
     """One rollout of GRPO on B prompts, and one or several optimiser updates on it."""
     c, policy, sums = trainer.config, trainer.policy, Sums()
     if c.kl == "k1" and c.kl_coef > 0:
-        trainer.note("--kl k1 in the loss has an expected gradient of 0: it adds noise and holds nothing. Choose k3_ratio or k3.")
+        trainer.note(
+            "--kl k1 in the loss has an expected gradient of 0: it adds noise and holds nothing. Choose k3_ratio or k3."
+        )
     if c.updates_per_rollout == 1:
-        size = "be 0, plus the KL term if there is one," if c.aggregate == "sequence" else "stay near 0 (samples count by length)"
-        trainer.note(f"The loss will {size} while the policy learns: its ratio is 1, and a group's advantages sum to 0. The gradient is not 0; watch reward/mean.")
+        size = (
+            "be 0, plus the KL term if there is one,"
+            if c.aggregate == "sequence"
+            else "stay near 0 (samples count by length)"
+        )
+        trainer.note(
+            f"The loss will {size} while the policy learns: its ratio is 1, and a group's advantages sum to 0. The gradient is not 0; watch reward/mean."
+        )
     batch = trainer.rollout(records)
     prompts, samples = batch.prompts, batch.completions
     A = grpo_advantages(batch.rewards, c.scale_advantages)  # (B, G)
@@ -367,12 +469,28 @@ def grpo_update(trainer, records):
             scored = policy.token_logps(prompts[part], samples[part], c.temperature)
             if old[i] is None:
                 with torch.no_grad():
-                    frozen.append(policy.token_logps(prompts[part], samples[part], c.temperature, role="reference"))
+                    frozen.append(
+                        policy.token_logps(prompts[part], samples[part], c.temperature, role="reference")
+                    )
                 sums.tokens(scored, frozen[i], batch.sampled_logps[part])
-            loss, about = grpo_loss(flat(scored.logps), old[i], flat(frozen[i].logps), A[part].flatten(), flat(scored.mask), c.clip_low, c.clip_high,
-                                    c.kl_coef, c.kl, c.aggregate, c.max_new_tokens, denominator=n)
+            loss, about = grpo_loss(
+                flat(scored.logps),
+                old[i],
+                flat(frozen[i].logps),
+                A[part].flatten(),
+                flat(scored.mask),
+                c.clip_low,
+                c.clip_high,
+                c.kl_coef,
+                c.kl,
+                c.aggregate,
+                c.max_new_tokens,
+                denominator=n,
+            )
             loss.backward()
-            if old[i] is None:  # pi_old is this policy before its first update, not the sampler with its other precision
+            if (
+                old[i] is None
+            ):  # pi_old is this policy before its first update, not the sampler with its other precision
                 old[i] = flat(scored.logps.detach())
             sums.add("loss", loss * len(parts))
             add_ratio(sums, about)
@@ -381,7 +499,11 @@ def grpo_update(trainer, records):
 
 
 def add_ratio(sums, about):  # what _clipped_objective says about the ratio
-    for key, name in {"clip_fraction_low": "clip/low", "clip_fraction_high": "clip/high", "approx_kl": "kl/update"}.items():
+    for key, name in {
+        "clip_fraction_low": "clip/low",
+        "clip_fraction_high": "clip/high",
+        "approx_kl": "kl/update",
+    }.items():
         sums.add(name, about[key].expand(int(about["tokens"])))
     sums.largest["ratio/max"] = max(sums.largest.get("ratio/max", 0.0), float(about["ratio_max"]))
 
@@ -390,19 +512,27 @@ def add_ratio(sums, about):  # what _clipped_objective says about the ratio
 class PPOConfig(Config):
     presets = {"tiny": dict(lr=1e-3, value_lr=1e-3, steps=75), "chat": dict(lr=1e-4, value_lr=1e-4)}
     clip: float = setting(0.2, "the ratio is clipped to 1 -+ this", low=0, high=1)
-    value_clip: float = setting(0.2, "values are clipped to those at sampling time -+ this", above=0, high=1e6)
+    value_clip: float = setting(
+        0.2, "values are clipped to those at sampling time -+ this", above=0, high=1e6
+    )
     value_lr: float = setting(None, "learning rate of the value function", above=0, high=1)
-    kl_coef: float = setting(0.02, "weight of the KL to the reference in the reward, per token", low=0, high=100)
+    kl_coef: float = setting(
+        0.02, "weight of the KL to the reference in the reward, per token", low=0, high=100
+    )
     gamma: float = setting(1.0, "discount per token", low=0, high=1)
     gae_lambda: float = setting(0.95, "GAE's lambda: 1 trusts returns, 0 the value function", low=0, high=1)
     ppo_epochs: int = setting(2, "passes over the samples of a step", low=1, high=1000)
-    minibatches: int = setting(2, "optimiser updates in a pass, each on its own share of the prompts", low=1, high=4096)
+    minibatches: int = setting(
+        2, "optimiser updates in a pass, each on its own share of the prompts", low=1, high=4096
+    )
 
 
 def ppo_setup(trainer):
     most = trainer.config.prompts_per_step
     if trainer.config.minibatches > most:
-        raise UserError(f"--minibatches {trainer.config.minibatches}: must be at most --prompts-per-step, {most}; a prompt's samples stay together")
+        raise UserError(
+            f"--minibatches {trainer.config.minibatches}: must be at most --prompts-per-step, {most}; a prompt's samples stay together"
+        )
     trainer.train_parameters(trainer.policy.add_role("value", bias=True), trainer.config.value_lr)
 
 
@@ -415,31 +545,51 @@ def ppo_update(trainer, records):
     # A step's prompts are in random order already, so mini-batches are consecutive. The same cuts are scored before and during the updates:
     # the first update's ratio is then exactly 1, also in bf16, where another shape would round otherwise.
     shares = torch.arange(len(prompts)).chunk(c.minibatches)
-    minibatches = [list(trainer.micro_batches(prompts, samples, int(share[0]), int(share[-1]) + 1)) for share in shares]
+    minibatches = [
+        list(trainer.micro_batches(prompts, samples, int(share[0]), int(share[-1]) + 1)) for share in shares
+    ]
 
     old, frozen, V = (torch.zeros(mask.shape, device=policy.device) for _ in range(3))
     with torch.no_grad():
         for part in (part for parts in minibatches for part in parts):
-            scored, reference = (policy.token_logps(prompts[part], samples[part], c.temperature, role) for role in ("policy", "reference"))
-            here = (slice(part.start * G, part.stop * G), slice(scored.mask.shape[-1]))  # the micro-batch in (N, T)
+            scored, reference = (
+                policy.token_logps(prompts[part], samples[part], c.temperature, role)
+                for role in ("policy", "reference")
+            )
+            here = (
+                slice(part.start * G, part.stop * G),
+                slice(scored.mask.shape[-1]),
+            )  # the micro-batch in (N, T)
             old[here], frozen[here] = flat(scored.logps), flat(reference.logps)
             V[here] = flat(policy.token_values(prompts[part], samples[part])[0])
             sums.tokens(scored, reference, batch.sampled_logps[part])
-    A, returns = gae(token_rewards(batch.rewards.flatten(), old, frozen, mask, c.kl_coef), V, mask, c.gamma, c.gae_lambda)
+    A, returns = gae(
+        token_rewards(batch.rewards.flatten(), old, frozen, mask, c.kl_coef), V, mask, c.gamma, c.gae_lambda
+    )
     whitened = whiten(A, mask)
-    generator = torch.Generator().manual_seed(c.seed * 1_000_003 + trainer.step)  # of seed and step alone, so a resumed run repeats it
-    for parts in [minibatches[m] for _ in range(c.ppo_epochs) for m in torch.randperm(len(minibatches), generator=generator).tolist()]:
+    generator = torch.Generator().manual_seed(
+        c.seed * 1_000_003 + trainer.step
+    )  # of seed and step alone, so a resumed run repeats it
+    for parts in [
+        minibatches[m]
+        for _ in range(c.ppo_epochs)
+        for m in torch.randperm(len(minibatches), generator=generator).tolist()
+    ]:
         n = mask[parts[0].start * G : parts[-1].stop * G].sum()
         losses = torch.zeros(2, device=policy.device)  # the policy's and the value function's; parts add up
         for part in parts:
             scored = policy.token_logps(prompts[part], samples[part], c.temperature)
             valid = flat(scored.mask)
             here = (slice(part.start * G, part.stop * G), slice(valid.shape[1]))
-            loss, about = ppo_policy_loss(flat(scored.logps), old[here], whitened[here], valid, c.clip, denominator=n)
+            loss, about = ppo_policy_loss(
+                flat(scored.logps), old[here], whitened[here], valid, c.clip, denominator=n
+            )
             loss.backward()
             with policy.role("value"):
                 values, _ = policy.token_values(prompts[part], samples[part])
-                value_loss, value_about = ppo_value_loss(flat(values), V[here], returns[here], valid, c.value_clip, denominator=n)
+                value_loss, value_about = ppo_value_loss(
+                    flat(values), V[here], returns[here], valid, c.value_clip, denominator=n
+                )
                 value_loss.backward()
             losses += torch.stack([loss, value_loss]).detach()
             add_ratio(sums, about)
@@ -447,38 +597,73 @@ def ppo_update(trainer, records):
         for name, value in zip(("loss", "value/loss"), losses):
             sums.add(name, value)
         metrics = trainer.optimizer_step()
-    metrics |= {"value/explained_variance": float(explained_variance(V, returns, mask)), "updates": (trainer.step + 1) * c.ppo_epochs * len(minibatches)}
+    metrics |= {
+        "value/explained_variance": float(explained_variance(V, returns, mask)),
+        "updates": (trainer.step + 1) * c.ppo_epochs * len(minibatches),
+    }
     return batch.metrics | sums.means() | metrics
 
 
 SFT = Method(
-    "sft", SFTConfig, sft_update, {"logp/chosen": ("nats/token", "mean log-prob of the references; rises, then levels off")},
+    "sft",
+    SFTConfig,
+    sft_update,
+    {"logp/chosen": ("nats/token", "mean log-prob of the references; rises, then levels off")},
     [("Log-likelihood of references", "nats/token", ["logp/chosen"]), ("Loss", "nats/token", ["loss"])],
 )
 DPO = Method(
-    "dpo", DPOConfig, dpo_update,
+    "dpo",
+    DPOConfig,
+    dpo_update,
     {
-        "logp/chosen": ("nats", "mean summed log-prob of chosen answers; that it falls is normal while logp/rejected falls faster"),
+        "logp/chosen": (
+            "nats",
+            "mean summed log-prob of chosen answers; that it falls is normal while logp/rejected falls faster",
+        ),
         "logp/rejected": ("nats", "likewise of rejected answers; falls"),
-        "dpo/chosen": ("-", "implicit reward beta * log(pi / pi_ref) of chosen answers; 0 at the first step, then often negative, which is normal"),
+        "dpo/chosen": (
+            "-",
+            "implicit reward beta * log(pi / pi_ref) of chosen answers; 0 at the first step, then often negative, which is normal",
+        ),
         "dpo/rejected": ("-", "likewise of rejected answers; falls"),
         "dpo/margin": ("-", "chosen minus rejected; 0 at the first step, then rises"),
-        "dpo/accuracy": ("share", "pairs with a positive margin, ties as a half; 0.5 at the first step, then rises"),
+        "dpo/accuracy": (
+            "share",
+            "pairs with a positive margin, ties as a half; 0.5 at the first step, then rises",
+        ),
     },
-    [("Implicit rewards", "-", ["dpo/chosen", "dpo/rejected", "dpo/margin"]), ("Pairs ranked rightly", "share", ["dpo/accuracy"]),
-     ("Log-likelihood", "nats", ["logp/chosen", "logp/rejected"]), ("Loss", "nats", ["loss"])],
+    [
+        ("Implicit rewards", "-", ["dpo/chosen", "dpo/rejected", "dpo/margin"]),
+        ("Pairs ranked rightly", "share", ["dpo/accuracy"]),
+        ("Log-likelihood", "nats", ["logp/chosen", "logp/rejected"]),
+        ("Loss", "nats", ["loss"]),
+    ],
     needs_rejected=True,
 )
-CLIPPED = [("Clipped", "share", ["clip/low", "clip/high", "clip/value"]), ("Largest ratio", "-", ["ratio/max"]), ("Loss", "nats", ["loss"])]
+CLIPPED = [
+    ("Clipped", "share", ["clip/low", "clip/high", "clip/value"]),
+    ("Largest ratio", "-", ["ratio/max"]),
+    ("Loss", "nats", ["loss"]),
+]
 GRPO = Method("grpo", GRPOConfig, grpo_update, {}, CLIPPED)
 PPO = Method(
-    "ppo", PPOConfig, ppo_update,
+    "ppo",
+    PPOConfig,
+    ppo_update,
     {
         "clip/value": ("share", "values that moved out of their clip range towards the return; under 0.2"),
         "value/loss": ("reward^2", "half the squared error of the value function; falls"),
-        "value/explained_variance": ("share", "of the returns, before the step's updates; rises from 0 towards 1; below 0 the values mislead"),
+        "value/explained_variance": (
+            "share",
+            "of the returns, before the step's updates; rises from 0 towards 1; below 0 the values mislead",
+        ),
     },
-    [("Explained variance", "share", ["value/explained_variance"]), ("Value loss", "reward^2", ["value/loss"]), *CLIPPED], ppo_setup,
+    [
+        ("Explained variance", "share", ["value/explained_variance"]),
+        ("Value loss", "reward^2", ["value/loss"]),
+        *CLIPPED,
+    ],
+    ppo_setup,
 )
 METHODS = {method.name: method for method in (SFT, DPO, PPO, GRPO)}
 
@@ -487,10 +672,15 @@ def command_line(argv):
     """The method's name and its flags -> exit status, see train.main."""
     word = argv[0] if argv else ""
     if word in ("-h", "--help"):
-        print(f"{__doc__}\nusage: python baselines.py {'|'.join(METHODS)} [flags]; for the flags: python baselines.py METHOD --help")
+        print(
+            f"{__doc__}\nusage: python baselines.py {'|'.join(METHODS)} [flags]; for the flags: python baselines.py METHOD --help"
+        )
         return 0
     if word not in METHODS:
-        print(f"error: {f'no method {word}' if word else 'no method'}: the first word is one of {', '.join(METHODS)} (see --help)", file=sys.stderr)
+        print(
+            f"error: {f'no method {word}' if word else 'no method'}: the first word is one of {', '.join(METHODS)} (see --help)",
+            file=sys.stderr,
+        )
         return 2
     sys.argv[0] = f"baselines.py {word}"  # what usage and the hint how to resume call the program
     return main(METHODS[word], argv[1:], description=__doc__)

@@ -65,8 +65,12 @@ def embedding_scores(policy, prompts, experts, candidates, most=4096):
         with policy.role("backbone"):
             states = policy.hidden(pack).float()
         answer = pack.mask.nonzero()[:, 0]  # of each completion token
-        mean = torch.zeros(len(pack.mask), states.shape[-1], device=policy.device).index_add_(0, answer, states[pack.c_index[pack.mask]])
-        mean = torch.nn.functional.normalize(mean, dim=-1).view(pack.B, pack.G, -1)  # a sum and a mean have one direction
+        mean = torch.zeros(len(pack.mask), states.shape[-1], device=policy.device).index_add_(
+            0, answer, states[pack.c_index[pack.mask]]
+        )
+        mean = torch.nn.functional.normalize(mean, dim=-1).view(
+            pack.B, pack.G, -1
+        )  # a sum and a mean have one direction
         for i, row in zip(part, (mean[:, :-1] * mean[:, -1:]).sum(-1).tolist()):
             found[i] = row
     return found
@@ -80,8 +84,14 @@ def judge(trainer, name, batch):
         found, total = [None] * len(groups), 0.0
         for part in micro_batches(batch.prompts, groups, c.micro_batch_tokens):
             with policy.role(ROLE):
-                D = policy.sequence_scores([batch.prompts[i] for i in part], [groups[i] for i in part], ROLE)  # (b, G + 1)
-                loss = bradley_terry_loss(D[:, -1:].expand(-1, G).flatten(), D[:, :-1].flatten()) * len(part) / len(groups)
+                D = policy.sequence_scores(
+                    [batch.prompts[i] for i in part], [groups[i] for i in part], ROLE
+                )  # (b, G + 1)
+                loss = (
+                    bradley_terry_loss(D[:, -1:].expand(-1, G).flatten(), D[:, :-1].flatten())
+                    * len(part)
+                    / len(groups)
+                )
                 loss.backward()
             total += float(loss.detach())
             for i, row in zip(part, D.detach().tolist()):
@@ -89,13 +99,22 @@ def judge(trainer, name, batch):
         metrics = {"discriminator/loss": total}
     else:
         others = [another_expert(record, c) for record in batch.records]
-        groups = [group + ([policy.encode_answer(text)] if text else []) for group, text in zip(batch.completions, others)]
-        found, metrics = scores(name, policy, batch.prompts, batch.references, groups, c.micro_batch_tokens), {}
+        groups = [
+            group + ([policy.encode_answer(text)] if text else [])
+            for group, text in zip(batch.completions, others)
+        ]
+        found, metrics = (
+            scores(name, policy, batch.prompts, batch.references, groups, c.micro_batch_tokens),
+            {},
+        )
     samples = torch.tensor([row[:G] for row in found], device=policy.device)
     metrics["score/policy"] = float(samples.mean())
     pairs = [(row[G], o) for row in found for o in row[:G] if len(row) > G]  # expert, sample
     if pairs:
-        metrics |= {"score/expert": sum(e for e, _ in pairs) / len(pairs), "score/accuracy": accuracy(*zip(*pairs))}
+        metrics |= {
+            "score/expert": sum(e for e, _ in pairs) / len(pairs),
+            "score/accuracy": accuracy(*zip(*pairs)),
+        }
     return samples, metrics
 
 
@@ -110,7 +129,9 @@ def another_expert(record, config):
         return (another_tiny_answer if config.model == "tiny" else another_chat_answer)(record, rng)
     experts = record.get("experts") or []
     if not isinstance(experts, list) or not all(isinstance(text, str) and text.strip() for text in experts):
-        raise UserError(f"data {config.data}: 'experts' must be a list of answers; that of the prompt {str(record['prompt'])[:60]!r} is not")
+        raise UserError(
+            f"data {config.data}: 'experts' must be a list of answers; that of the prompt {str(record['prompt'])[:60]!r} is not"
+        )
     experts = [text for text in experts if text != record["chosen"]]
     return rng.choice(experts) if experts else None
 
@@ -132,7 +153,10 @@ def expert_pairs(policy, records, config, seed, draws=1):
         elif pair[0] != pair[1]:  # two texts that read the same would teach it to detect copies
             kept.append((q, *pair))
     if without + long:
-        print(f"discriminator: left out {without} records without a second expert answer and {long} longer than the context", file=sys.stderr)
+        print(
+            f"discriminator: left out {without} records without a second expert answer and {long} longer than the context",
+            file=sys.stderr,
+        )
     if not kept:
         raise UserError(
             f"data {config.data}: no record has a second expert answer (column 'experts', see python -m data.teach) for --discriminator polar "
@@ -153,26 +177,44 @@ def train_polar(policy, config, *, pairs, epochs, lr, log=None):
     Its prompts are drawn with another seed than the run's, so of the built-in tasks mostly others than the policy is trained on.
     """
     policy.add_role(ROLE)
-    records = load_records(config.data, "train", pairs, seed=config.seed + 1, level="tiny" if config.model == "tiny" else "chat")
+    records = load_records(
+        config.data, "train", pairs, seed=config.seed + 1, level="tiny" if config.model == "tiny" else "chat"
+    )
     known = expert_pairs(policy, records, config, config.seed * 7919 + 1, MATCHED)
     cut = max(1, len(known) // 10)
-    history = fit_scorer(policy, ROLE, known[cut:], known[:cut], lr=lr, epochs=epochs, seed=config.seed, max_tokens_per_pass=config.micro_batch_tokens, log=log)
+    history = fit_scorer(
+        policy,
+        ROLE,
+        known[cut:],
+        known[:cut],
+        lr=lr,
+        epochs=epochs,
+        seed=config.seed,
+        max_tokens_per_pass=config.micro_batch_tokens,
+        log=log,
+    )
     return known[cut:], history
 
 
 def train_at_start(policy, c):
     """A polar discriminator for a run with the settings `c`, and a line on how well it tells the expert from the policy."""
     start = time.perf_counter()
-    known, history = train_polar(policy, c, pairs=c.discriminator_pairs, epochs=c.discriminator_epochs, lr=c.discriminator_lr)
+    known, history = train_polar(
+        policy, c, pairs=c.discriminator_pairs, epochs=c.discriminator_epochs, lr=c.discriminator_lr
+    )
     share = max(line["held_out/accuracy"] for line in history)
-    print(f"discriminator: {len(known)} pairs in {time.perf_counter() - start:.0f} s; right on {share:.3f} of the pairs kept for early stopping")
+    print(
+        f"discriminator: {len(known)} pairs in {time.perf_counter() - start:.0f} s; right on {share:.3f} of the pairs kept for early stopping"
+    )
 
 
 def check_context(policy, records, c):
     """UserError if a record's prompt, expert answer, prompt and sample do not fit into the model's context together."""
     for r in records:
         second = another_expert(r, c)
-        length = len(condition(r["prompt_ids"], r["reference_ids"])) + max(c.max_new_tokens, len(policy.encode_answer(second)) if second else 0)
+        length = len(condition(r["prompt_ids"], r["reference_ids"])) + max(
+            c.max_new_tokens, len(policy.encode_answer(second)) if second else 0
+        )
         if length > policy.context:
             raise UserError(
                 f"data {c.data}: the polar discriminator reads {length} tokens for the prompt {str(r['prompt'])[:60]!r}, more than the model's context of "
@@ -182,7 +224,9 @@ def check_context(policy, records, c):
 
 def freeze(policy):
     """The discriminator's parameters by name, no longer trained."""
-    params = policy.trainable(ROLE) | {f"{ROLE}_head.{n}": p for n, p in policy.heads[ROLE].named_parameters()}
+    params = policy.trainable(ROLE) | {
+        f"{ROLE}_head.{n}": p for n, p in policy.heads[ROLE].named_parameters()
+    }
     for p in params.values():
         p.requires_grad_(False)
     return params
@@ -191,7 +235,9 @@ def freeze(policy):
 def load(policy, directory):
     """Add a discriminator saved by `python uniapl.py discriminator`, frozen. UserError for anything else: a reward model reads no expert answer."""
     if not (Path(directory) / ABOUT).is_file():
-        raise UserError(f"--discriminator {directory}: choose polar, embedding or cotrained, or a directory made by python uniapl.py discriminator --out DIR")
+        raise UserError(
+            f"--discriminator {directory}: choose polar, embedding or cotrained, or a directory made by python uniapl.py discriminator --out DIR"
+        )
     policy.add_role(ROLE, directory)
 
 
@@ -205,9 +251,14 @@ class DiscriminatorConfig:
 
     model: str = same("model")
     quantize: str = same("quantize")
-    data: str = setting("tasks", "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it")
+    data: str = setting(
+        "tasks",
+        "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it",
+    )
     from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
-    pairs: int = setting(None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6)
+    pairs: int = setting(
+        None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6
+    )
     test_pairs: int = setting(256, "held-out prompts to test on", low=2, high=10**5)
     epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
     lr: float = setting(None, "learning rate of AdamW", above=0, high=1)
@@ -235,7 +286,12 @@ def measure(policy, known, unseen, most):
     gap = np.array([len(p[1]) - len(p[2]) for p in unseen])  # tokens, expert - policy
     direction = 1 if sum(np.sign(len(p[1]) - len(p[2])) for p in known) >= 0 else -1
     by_length = 0.5 + 0.5 * np.sign(gap) * direction
-    rows = [("all", right), ("expert shorter", right[gap < 0]), ("same length", right[gap == 0]), ("expert longer", right[gap > 0])]
+    rows = [
+        ("all", right),
+        ("expert shorter", right[gap < 0]),
+        ("same length", right[gap == 0]),
+        ("expert longer", right[gap > 0]),
+    ]
     rows.append((f"length alone: the {'longer' if direction > 0 else 'shorter'} one", by_length))
     return [(name, len(x), float(x.mean()), *bootstrap_interval(x)) for name, x in rows if len(x)]
 
@@ -246,24 +302,47 @@ def command_line(argv, description):
     if c.out is None:
         raise UserError("discriminator: --out DIR is needed, the directory to write")
     if Path(c.out).exists() and not (c.overwrite and (Path(c.out) / ABOUT).is_file()):
-        raise UserError(f"--out {c.out} exists already; choose another" + (", or --overwrite it" if (Path(c.out) / ABOUT).is_file() else ""))
+        raise UserError(
+            f"--out {c.out} exists already; choose another"
+            + (", or --overwrite it" if (Path(c.out) / ABOUT).is_file() else "")
+        )
     policy = Policy.load(
-        c.model, quantize=c.quantize, adapter=c.from_adapter, lora_rank=c.lora_rank, lora_alpha=c.lora_alpha, device=c.device, dtype=c.dtype,
-        seed=c.seed, gradient_checkpointing=c.gradient_checkpointing == "on",
+        c.model,
+        quantize=c.quantize,
+        adapter=c.from_adapter,
+        lora_rank=c.lora_rank,
+        lora_alpha=c.lora_alpha,
+        device=c.device,
+        dtype=c.dtype,
+        seed=c.seed,
+        gradient_checkpointing=c.gradient_checkpointing == "on",
     )
-    records = load_records(c.data, "heldout", c.test_pairs, seed=0, level="tiny" if c.model == "tiny" else "chat")
+    records = load_records(
+        c.data, "heldout", c.test_pairs, seed=0, level="tiny" if c.model == "tiny" else "chat"
+    )
     unseen = expert_pairs(policy, records, c, seed=2**31 + c.seed)
     start = time.perf_counter()
-    known, history = train_polar(policy, c, pairs=c.pairs, epochs=c.epochs, lr=c.lr, log=lambda line: print(progress(line)))
+    known, history = train_polar(
+        policy, c, pairs=c.pairs, epochs=c.epochs, lr=c.lr, log=lambda line: print(progress(line))
+    )
     rows = measure(policy, known, unseen, c.micro_batch_tokens)
-    print(f"\n{len(known)} pairs in {time.perf_counter() - start:.0f} s; told the expert from the policy on held-out prompts, share [95 % interval]:")
+    print(
+        f"\n{len(known)} pairs in {time.perf_counter() - start:.0f} s; told the expert from the policy on held-out prompts, share [95 % interval]:"
+    )
     for name, n, share, low, high in rows:
         print(f"  {name:<30}{share:.3f} [{low:.3f}, {high:.3f}]   n = {n}")
     settings = {k: v for k, v in asdict(c).items() if k not in ("out", "overwrite")}
     test = [dict(zip(("pairs", "n", "share", "low", "high"), row)) for row in rows]
     with whole_directory(c.out) as tmp:
         policy.save_role(ROLE, tmp)
-        write_whole(tmp / ABOUT, json.dumps({"settings": settings, "environment": environment(), "test": test, "history": history}, indent=1) + "\n")
+        write_whole(
+            tmp / ABOUT,
+            json.dumps(
+                {"settings": settings, "environment": environment(), "test": test, "history": history},
+                indent=1,
+            )
+            + "\n",
+        )
     print(f"It is in {c.out}: python uniapl.py --discriminator {c.out}")
     return c.out
 

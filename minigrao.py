@@ -29,8 +29,16 @@ from train import Sums, main
 class GraoConfig(Config):
     beta: float = setting(0.5, "weight of imitation, eq. (3)", low=0, high=100)
     lam: float = setting(0.6, "weight of the alignment regulariser (lambda), eq. (3)", low=0, high=100)
-    group: str = setting("with_reference", "whose rewards eq. (4) averages: samples, or with_reference", choices=("samples", "with_reference"))
-    without: str = setting(None, "leave out a term of eq. (3): imitation, exploration or regularizer", choices=("imitation", "exploration", "regularizer"))
+    group: str = setting(
+        "with_reference",
+        "whose rewards eq. (4) averages: samples, or with_reference",
+        choices=("samples", "with_reference"),
+    )
+    without: str = setting(
+        None,
+        "leave out a term of eq. (3): imitation, exploration or regularizer",
+        choices=("imitation", "exploration", "regularizer"),
+    )
 
 
 def group_advantages(rewards, reference_rewards, group="with_reference", eps=1e-6):
@@ -43,7 +51,9 @@ def group_advantages(rewards, reference_rewards, group="with_reference", eps=1e-
     if group not in ("samples", "with_reference"):
         raise ValueError(f"group is 'samples' or 'with_reference', got {group!r}")
     if rewards.ndim != 2 or reference_rewards.shape != rewards.shape[:1]:
-        raise ValueError(f"rewards (B, G) and reference_rewards (B,) wanted, got {tuple(rewards.shape)} and {tuple(reference_rewards.shape)}")
+        raise ValueError(
+            f"rewards (B, G) and reference_rewards (B,) wanted, got {tuple(rewards.shape)} and {tuple(reference_rewards.shape)}"
+        )
     R = torch.cat([rewards, reference_rewards[:, None]], 1)  # (B, G + 1)
     R = R if R.is_floating_point() else R.float()
     members = R if group == "with_reference" else R[:, :-1]
@@ -68,7 +78,10 @@ def grao_loss(logp_samples, logp_reference, adv_samples, adv_reference, beta, la
 
     exactly: it re-weights exploration against imitation, and the ablation without it compares two weightings.
     """
-    if adv_samples.shape != logp_samples.shape or not logp_reference.shape == adv_reference.shape == logp_samples.shape[:1]:
+    if (
+        adv_samples.shape != logp_samples.shape
+        or not logp_reference.shape == adv_reference.shape == logp_samples.shape[:1]
+    ):
         raise ValueError("logp_samples and adv_samples (B, G), logp_reference and adv_reference (B,) wanted")
     J_expl, J_imit = logp_samples, logp_reference[:, None]  # (B, G), (B, 1)
     A_o, A_y = adv_samples.detach(), adv_reference.detach()[:, None]
@@ -77,7 +90,9 @@ def grao_loss(logp_samples, logp_reference, adv_samples, adv_reference, beta, la
         "imitation": beta * A_y * J_imit,  # second term; the same for every i
         "regularizer": lam * A_o * (J_expl - J_imit),  # third term
     }
-    J = {name: term.mean(1).mean() * (name != without) for name, term in terms.items()}  # 1/G sum_i, then over B
+    J = {
+        name: term.mean(1).mean() * (name != without) for name, term in terms.items()
+    }  # 1/G sum_i, then over B
     return -sum(J.values()), {name: value.detach() for name, value in J.items()}
 
 
@@ -93,14 +108,25 @@ def update(trainer, records):
     for part in trainer.micro_batches(batch.prompts, members):
         scored = policy.token_logps(batch.prompts[part], members[part], config.temperature)
         J = scored.sequence_mean()  # (b, G + 1)
-        loss, terms = grao_loss(J[:, :-1], J[:, -1], A_o[part], A_y[part], config.beta, config.lam, config.without)
-        (loss * len(J) / B).backward()  # grao_loss averages over its own b prompts; the step's average is over B
+        loss, terms = grao_loss(
+            J[:, :-1], J[:, -1], A_o[part], A_y[part], config.beta, config.lam, config.without
+        )
+        (
+            loss * len(J) / B
+        ).backward()  # grao_loss averages over its own b prompts; the step's average is over B
         with torch.no_grad():
             # The same members again, y included: the same shapes, so KL is exactly 0 before the first step.
-            reference = policy.token_logps(batch.prompts[part], members[part], config.temperature, role="reference")
+            reference = policy.token_logps(
+                batch.prompts[part], members[part], config.temperature, role="reference"
+            )
         sums.tokens(scored.samples(), reference.samples(), batch.sampled_logps[part])
         terms = {f"objective/{name}": value for name, value in terms.items()}
-        for name, value in {"loss": loss, "logp/samples": J[:, :-1].mean(), "logp/reference": J[:, -1].mean(), **terms}.items():
+        for name, value in {
+            "loss": loss,
+            "logp/samples": J[:, :-1].mean(),
+            "logp/reference": J[:, -1].mean(),
+            **terms,
+        }.items():
             sums.add(name, value.detach().expand(len(J)))
 
     metrics = batch.metrics | sums.means() | trainer.optimizer_step()
@@ -110,16 +136,25 @@ def update(trainer, records):
 
 
 METRICS = {
-    "objective/exploration": ("nats", "first term of eq. (3), mean over prompts; the three sum to -loss (the paper's Fig. 4 draws their total)"),
+    "objective/exploration": (
+        "nats",
+        "first term of eq. (3), mean over prompts; the three sum to -loss (the paper's Fig. 4 draws their total)",
+    ),
     "objective/imitation": ("nats", "second term"),
     "objective/regularizer": ("nats", "third term"),
-    "share/exploration": ("share", "|exploration| over the sum of the three |terms| of J (the paper's Fig. 5): grows as the policy passes y"),
+    "share/exploration": (
+        "share",
+        "|exploration| over the sum of the three |terms| of J (the paper's Fig. 5): grows as the policy passes y",
+    ),
     "share/imitation": ("share", "likewise: large while y beats the samples, then falls"),
     "share/regularizer": ("share", "likewise"),
     "logp/samples": ("nats/token", "mean J_expl; rises as the policy sharpens"),
     "logp/reference": ("nats/token", "mean J_imit; rises while the policy imitates"),
     "advantage/max": ("-", "largest |A| among the samples; at most sqrt(G)"),
-    "advantage/reference": ("-", "mean A_y: above 0 while y beats the policy, below 0 once the policy beats y"),
+    "advantage/reference": (
+        "-",
+        "mean A_y: above 0 while y beats the policy, below 0 once the policy beats y",
+    ),
 }
 PANELS = [
     ("Components of the objective", "share", ["share/exploration", "share/imitation", "share/regularizer"]),

@@ -41,7 +41,9 @@ def pick_device(device):
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: not usable here ({first_line(error)}); try --device cpu") from error
+        raise UserError(
+            f"--device {device}: not usable here ({first_line(error)}); try --device cpu"
+        ) from error
     return torch.device(device)
 
 
@@ -65,14 +67,18 @@ def find_model(model):
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise UserError(f"model {model}: the directory has no config.json, so it is not a transformers model")
+            raise UserError(
+                f"model {model}: the directory has no config.json, so it is not a transformers model"
+            )
         return str(path)
     if str(model).endswith(".gguf"):
         if not path.is_file():
             raise UserError(f"model {model}: no such file")
         return convert_gguf(path)
     if str(model).count("/") != 1 or str(model)[0] in "./~":
-        raise UserError(f"model {model}: no such directory, and not a hub name (owner/name); try --model tiny")
+        raise UserError(
+            f"model {model}: no such directory, and not a hub name (owner/name); try --model tiny"
+        )
     import huggingface_hub as hub
 
     wanted = dict(allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
@@ -82,7 +88,9 @@ def find_model(model):
         pass
     help_ = "try --model tiny, a local directory, or a .gguf file"
     try:
-        hub.get_session().head(hub.constants.ENDPOINT, timeout=5)  # the download itself would retry for a minute
+        hub.get_session().head(
+            hub.constants.ENDPOINT, timeout=5
+        )  # the download itself would retry for a minute
     except Exception as error:
         raise UserError(f"model {model}: the hub cannot be reached ({first_line(error)}); {help_}") from error
     try:
@@ -101,7 +109,9 @@ def convert_gguf(path):
     print(f"converting {path.name} to {out} (once)", file=sys.stderr)
     try:
         with quiet():
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                str(path.parent), gguf_file=path.name, dtype=torch.float32
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
             # A model read from GGUF refuses to be saved; the same weights in a model built from its plain config do not.
             del loaded.config.quantization_config
@@ -114,7 +124,9 @@ def convert_gguf(path):
     except ImportError as error:
         raise UserError(f"model {path}: reading GGUF needs the gguf package: pip install gguf") from error
     except Exception as error:
-        raise UserError(f"model {path}: not a readable GGUF file of a known architecture ({first_line(error)})") from error
+        raise UserError(
+            f"model {path}: not a readable GGUF file of a known architecture ({first_line(error)})"
+        ) from error
     return str(out)
 
 

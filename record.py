@@ -41,7 +41,9 @@ def write_whole(path, content):
 
 
 def cannot_write(path, error):
-    return UserError(f"cannot write {path.name} ({error.strerror}); make room on the disk, or choose another --out")
+    return UserError(
+        f"cannot write {path.name} ({error.strerror}); make room on the disk, or choose another --out"
+    )
 
 
 def read_jsonl(path):
@@ -51,13 +53,20 @@ def read_jsonl(path):
 class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
-        self.metrics, self.samples, self.checkpoint = (self.path / n for n in ("metrics.jsonl", "samples.jsonl", "checkpoint.safetensors"))
+        self.metrics, self.samples, self.checkpoint = (
+            self.path / n for n in ("metrics.jsonl", "samples.jsonl", "checkpoint.safetensors")
+        )
 
     @classmethod
     def choose(cls, given, method):
         """The folder that the flags ask for; an earlier run is refused unless --overwrite or --resume says otherwise."""
         if given.get("out") is None:
-            name = "-".join([method.name, *([Path(given["model"]).name.removesuffix(".gguf")] if "model" in given else [])])
+            name = "-".join(
+                [
+                    method.name,
+                    *([Path(given["model"]).name.removesuffix(".gguf")] if "model" in given else []),
+                ]
+            )
             numbered = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 10**6))
             if given.get("resume"):
                 raise UserError("--resume needs --out, the folder of the run to go on with")
@@ -65,16 +74,26 @@ class RunFolder:
         folder = cls(given["out"])
         if given.get("resume"):
             if not folder.checkpoint.is_file() or not (folder.path / "config.json").is_file():
-                raise UserError(f"--resume: {folder.path} holds no checkpoint to resume from; start the run without --resume")
+                raise UserError(
+                    f"--resume: {folder.path} holds no checkpoint to resume from; start the run without --resume"
+                )
         elif folder.path.exists() and not given.get("overwrite"):
-            raise UserError(f"{folder.path} exists already: choose another --out, or --resume it, or --overwrite it")
+            raise UserError(
+                f"{folder.path} exists already: choose another --out, or --resume it, or --overwrite it"
+            )
         return folder
 
     def create(self, trainer, samples, metrics):
         """Begin a run: settings, the evaluation before training, and a checkpoint appear together; an older run makes way only then."""
         if self.path.exists() and not (self.path / "config.json").is_file():
-            raise UserError(f"{self.path} is not a run folder (it has no config.json), so --overwrite leaves it alone; choose another --out")
-        settings = {k: v for k, v in dataclasses.asdict(trainer.config).items() if k not in ("resume", "overwrite", "out")}
+            raise UserError(
+                f"{self.path} is not a run folder (it has no config.json), so --overwrite leaves it alone; choose another --out"
+            )
+        settings = {
+            k: v
+            for k, v in dataclasses.asdict(trainer.config).items()
+            if k not in ("resume", "overwrite", "out")
+        }
         with whole_directory(self.path) as tmp:
             content = {"method": trainer.method.name, "settings": settings, "environment": environment()}
             write_whole(tmp / "config.json", json.dumps(content, indent=2) + "\n")
@@ -88,7 +107,9 @@ class RunFolder:
             content = json.loads((self.path / "config.json").read_text())
             name, settings = content["method"], content["settings"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--resume: {self.path / 'config.json'} is damaged ({first_line(error)})") from error
+            raise UserError(
+                f"--resume: {self.path / 'config.json'} is damaged ({first_line(error)})"
+            ) from error
         if name != method.name:
             raise UserError(f"--resume: {self.path} is a run of {name}, not of {method.name}")
         return settings
@@ -106,7 +127,9 @@ class RunFolder:
 
     def save(self, trainer):
         meta = {"step": trainer.step, "tokens_generated": trainer.tokens_generated}
-        write_whole(self.checkpoint, safetensors.torch.save(trainer.state(), metadata={"trainer": json.dumps(meta)}))
+        write_whole(
+            self.checkpoint, safetensors.torch.save(trainer.state(), metadata={"trainer": json.dumps(meta)})
+        )
 
     def restore(self, trainer):
         """Bring a fresh trainer to the checkpoint, and the log back to its step."""
@@ -115,20 +138,32 @@ class RunFolder:
                 meta = json.loads(file.metadata()["trainer"])
                 trainer.load_state({key: file.get_tensor(key) for key in file.keys()}, meta)
         except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise UserError(f"--resume: {self.checkpoint} is damaged or of another version ({first_line(error)})") from error
-        kept = [line for line in read_jsonl(self.metrics) if line["step"] <= trainer.step] if self.metrics.exists() else []
+            raise UserError(
+                f"--resume: {self.checkpoint} is damaged or of another version ({first_line(error)})"
+            ) from error
+        kept = (
+            [line for line in read_jsonl(self.metrics) if line["step"] <= trainer.step]
+            if self.metrics.exists()
+            else []
+        )
         write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write_samples(self, samples):
-        write_whole(self.samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        write_whole(
+            self.samples, "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        )
 
 
 def environment():
     """What a reader needs to place the numbers: versions, machine, commit."""
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    commit = subprocess.run(
+        ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True
+    )
     return {
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")},
+        "versions": {
+            name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+        },
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -149,13 +184,23 @@ def peak_memory():
 
 def summary(samples):
     """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval of its wins, length."""
-    rewards, references = (np.array([s[k] for s in samples], dtype=float) for k in ("reward", "reference_reward"))
+    rewards, references = (
+        np.array([s[k] for s in samples], dtype=float) for k in ("reward", "reference_reward")
+    )
     low, high = bootstrap_interval(rewards)
     q25, median, q75 = np.quantile(rewards, [0.25, 0.5, 0.75]).tolist()
     return {
-        "reward": float(rewards.mean()), "low": low, "high": high, "reference": float(references.mean()),
-        "std": float(rewards.std()), "q25": q25, "median": median, "q75": q75,
-        "ras": ras(rewards, references), "ras_interval": bootstrap_interval(rewards > references), "tokens": sum(s["tokens"] for s in samples) / len(samples),
+        "reward": float(rewards.mean()),
+        "low": low,
+        "high": high,
+        "reference": float(references.mean()),
+        "std": float(rewards.std()),
+        "q25": q25,
+        "median": median,
+        "q75": q75,
+        "ras": ras(rewards, references),
+        "ras_interval": bootstrap_interval(rewards > references),
+        "tokens": sum(s["tokens"] for s in samples) / len(samples),
         "truncated": sum(s["truncated"] for s in samples) / len(samples),
     }
 
@@ -167,7 +212,10 @@ def report(before, after):
     gain, (low, high) = nag(post, pre), bootstrap_interval(np.sign(np.subtract(post, pre)))
     rows = [
         (f"held-out prompts: {len(after)}", "before", "after"),
-        ("mean reward [95 % interval]", *(f"{s['reward']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (b, a))),
+        (
+            "mean reward [95 % interval]",
+            *(f"{s['reward']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (b, a)),
+        ),
         ("  deviation", *(f"{s['std']:.3f}" for s in (b, a))),
         ("  quartiles", *(f"{s['q25']:.3f} / {s['median']:.3f} / {s['q75']:.3f}" for s in (b, a))),
         ("reference answers' reward", *(f"{s['reference']:.3f}" for s in (b, a))),
@@ -180,12 +228,19 @@ def report(before, after):
     text = "\n".join(f"{name:<32}{x:>24}{y:>24}" for name, x, y in rows) + "\n"
     types = sorted({c["type"] for s in after for c in s.get("constraints", [])})
     if types:
-        text += f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'reference':>14}{'n':>6}\n"
+        text += (
+            f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'reference':>14}{'n':>6}\n"
+        )
     for kind in types:
-        met = [constraint_share(samples, key, kind) for samples, key in ((before, "completion"), (after, "completion"), (after, "reference"))]
+        met = [
+            constraint_share(samples, key, kind)
+            for samples, key in ((before, "completion"), (after, "completion"), (after, "reference"))
+        ]
         text += f"  {kind:<30}{met[0][0]:>24.2f}{met[1][0]:>24.2f}{met[2][0]:>14.2f}{met[0][1]:>6}\n"
     for i in range(min(4, len(after))):
-        prompt = after[i]["prompt"] if isinstance(after[i]["prompt"], str) else after[i]["prompt"][-1]["content"]
+        prompt = (
+            after[i]["prompt"] if isinstance(after[i]["prompt"], str) else after[i]["prompt"][-1]["content"]
+        )
         text += f"\nprompt     {shown(prompt)}\nreference  {shown(after[i]['reference'])}  ({after[i]['reference_reward']:.3g})\n"
         for name, s in (("before", before[i]), ("after", after[i])):
             text += f"{name:<10} {shown(s['completion'])}  ({s['reward']:.3g})\n"
@@ -195,7 +250,10 @@ def report(before, after):
 def constraint_share(samples, key, kind):
     """(share, n) of the constraints of one type that the answers under `key` meet."""
     met = [
-        ok for s in samples for ok, c in zip(constraint_results(s[key], s["constraints"]), s["constraints"]) if c["type"] == kind
+        ok
+        for s in samples
+        for ok, c in zip(constraint_results(s[key], s["constraints"]), s["constraints"])
+        if c["type"] == kind
     ]
     return sum(met) / len(met), len(met)
 

@@ -16,6 +16,7 @@ and is no hack:
 A reward function has TRL's signature, f(prompts, completions, **columns) -> list[float]; prompts and completions are
 strings or message lists. The commands are in preferences.py.
 """
+
 import hashlib
 import json
 import math
@@ -36,6 +37,7 @@ from policy import Policy
 
 # ------------------------------------------------------------------------------------------------------------- rewards
 
+
 def last_text(messages, role):
     """The text of a string, or of the last message of `role` in a message list."""
     if isinstance(messages, str):
@@ -52,8 +54,9 @@ def verifier(prompts, completions, constraints, truncated=None, min_words=None, 
     """
     none = [None] * len(completions)
     rewards = []
-    for prompt, completion, wanted, cut, fewest, topic in zip(prompts, completions, constraints, truncated or none,
-                                                              min_words or none, about or none, strict=True):
+    for prompt, completion, wanted, cut, fewest, topic in zip(
+        prompts, completions, constraints, truncated or none, min_words or none, about or none, strict=True
+    ):
         prompt, text = last_text(prompt, "user"), last_text(completion, "assistant")
         met = all(constraint_results(text, wanted)) and not cut
         rewards.append(float(met and hack(prompt, text, fewest or 1, wanted, topic or ()) is None))
@@ -72,13 +75,19 @@ def checked_rewards(reward_fn, prompts, completions, columns):
         raise UserError(f"reward function {name}: raised {type(error).__name__}: {reason}") from error
     rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # an array or a tensor
     if not isinstance(rewards, (list, tuple)):
-        raise UserError(f"reward function {name}: returned {type(rewards).__name__}; return one number per completion")
+        raise UserError(
+            f"reward function {name}: returned {type(rewards).__name__}; return one number per completion"
+        )
     if len(rewards) != len(completions):
-        raise UserError(f"reward function {name}: returned {len(rewards)} rewards for {len(completions)} completions")
+        raise UserError(
+            f"reward function {name}: returned {len(rewards)} rewards for {len(completions)} completions"
+        )
     rewards = [value.tolist() if hasattr(value, "tolist") else value for value in rewards]
     for i, value in enumerate(rewards):
         if isinstance(value, (list, tuple)):
-            raise UserError(f"reward function {name}: item {i} is a list; return one number, not one per token")
+            raise UserError(
+                f"reward function {name}: item {i} is a list; return one number, not one per token"
+            )
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise UserError(f"reward function {name}: item {i} is {value!r}; return a finite number")
     return [float(value) for value in rewards]
@@ -86,14 +95,21 @@ def checked_rewards(reward_fn, prompts, completions, columns):
 
 # -------------------------------------------------------------------------------------------------------- reward model
 
+
 def bradley_terry_loss(chosen, rejected, margin=None):
     """-mean log sigmoid(chosen - rejected - margin): Bradley-Terry's negative log-likelihood -> scalar, nats.
 
     chosen, rejected: (N,) scores of the better and the worse answer of each pair, with gradient; margin: None, a number, or (N,), how far
     apart they should be (Llama 2, arXiv 2307.09288, eq. (2)). At least fp32; does not overflow. ValueError for other shapes, or no pair.
     """
-    if chosen.shape != rejected.shape or chosen.numel() == 0 or (torch.is_tensor(margin) and margin.shape not in ((), chosen.shape)):
-        raise ValueError(f"chosen and rejected (N,) wanted, N > 0, and a margin of that shape; got {tuple(chosen.shape)}, {tuple(rejected.shape)}")
+    if (
+        chosen.shape != rejected.shape
+        or chosen.numel() == 0
+        or (torch.is_tensor(margin) and margin.shape not in ((), chosen.shape))
+    ):
+        raise ValueError(
+            f"chosen and rejected (N,) wanted, N > 0, and a margin of that shape; got {tuple(chosen.shape)}, {tuple(rejected.shape)}"
+        )
     d = (chosen - rejected).to(torch.promote_types(chosen.dtype, torch.float32))
     return -F.logsigmoid(d if margin is None else d - margin).mean()
 
@@ -103,7 +119,9 @@ def micro_batches(prompts, groups, most):
     tokens = [len(p) + sum(map(len, group)) for p, group in zip(prompts, groups, strict=True)]
     batch = []
     for i in sorted(range(len(groups)), key=lambda i: (len(groups[i]), tokens[i])):
-        if batch and (len(groups[i]) != len(groups[batch[0]]) or sum(tokens[j] for j in batch) + tokens[i] > most):
+        if batch and (
+            len(groups[i]) != len(groups[batch[0]]) or sum(tokens[j] for j in batch) + tokens[i] > most
+        ):
             yield batch
             batch = []
         batch.append(i)
@@ -119,10 +137,14 @@ def group_scores(policy, role, prompts, groups, most=4096):
     """
     scores = [None] * len(groups)
     for part in micro_batches(prompts, groups, most):
-        for i, row in zip(part, policy.sequence_scores([prompts[i] for i in part], [groups[i] for i in part], role).tolist()):
+        for i, row in zip(
+            part, policy.sequence_scores([prompts[i] for i in part], [groups[i] for i in part], role).tolist()
+        ):
             scores[i] = row
     if not all(math.isfinite(s) for row in scores for s in row):
-        raise UserError(f"role {role}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault")
+        raise UserError(
+            f"role {role}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
+        )
     return scores
 
 
@@ -132,8 +154,25 @@ def accuracy(better, worse):
     return float(((better > worse) + 0.5 * (better == worse)).mean())
 
 
-def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=16, margin=0.0, centre=0.0, eval_every=0, patience=0, seed=0,
-               max_tokens_per_pass=4096, weight_decay=0.01, max_grad_norm=1.0, log=None):
+def fit_scorer(
+    policy,
+    role,
+    pairs,
+    held_out,
+    *,
+    lr=1e-4,
+    epochs=1,
+    batch_size=16,
+    margin=0.0,
+    centre=0.0,
+    eval_every=0,
+    patience=0,
+    seed=0,
+    max_tokens_per_pass=4096,
+    weight_decay=0.01,
+    max_grad_norm=1.0,
+    log=None,
+):
     """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a list of dicts, one per evaluation.
 
     pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair is one group of
@@ -147,26 +186,37 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
     """
     if not pairs:
         raise UserError(f"role {role}: no pair to learn from")
-    params = policy.trainable(role) | {f"{role}_head.{n}": p for n, p in policy.heads[role].named_parameters()}
+    params = policy.trainable(role) | {
+        f"{role}_head.{n}": p for n, p in policy.heads[role].named_parameters()
+    }
     optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay)
     steps = epochs * math.ceil(len(pairs) / batch_size)
     warmup, eval_every = math.ceil(0.05 * steps), eval_every or math.ceil(steps / 8)
     history, best, kept, losses, highest, start = [], None, None, [], 0.0, time.perf_counter()
     for step in range(steps):
         epoch, begin = divmod(step * batch_size, batch_size * math.ceil(len(pairs) / batch_size))
-        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed * 7919 + epoch)).tolist()
+        order = torch.randperm(
+            len(pairs), generator=torch.Generator().manual_seed(seed * 7919 + epoch)
+        ).tolist()
         batch = [pairs[i] for i in order[begin : begin + batch_size]]
         prompts, groups = [p[0] for p in batch], [[p[1], p[2]] for p in batch]
         for part in micro_batches(prompts, groups, max_tokens_per_pass):
             with policy.role(role):  # around the backward pass, too, for gradient checkpointing
-                scores = policy.sequence_scores([prompts[i] for i in part], [groups[i] for i in part], role)  # (b, 2)
+                scores = policy.sequence_scores(
+                    [prompts[i] for i in part], [groups[i] for i in part], role
+                )  # (b, 2)
                 wanted = scores.new_tensor([batch[i][3] if len(batch[i]) > 3 else margin for i in part])
-                loss = bradley_terry_loss(scores[:, 0], scores[:, 1], wanted) + centre * scores.sum(1).square().mean()
+                loss = (
+                    bradley_terry_loss(scores[:, 0], scores[:, 1], wanted)
+                    + centre * scores.sum(1).square().mean()
+                )
                 (loss * len(part) / len(batch)).backward()
             losses += [float(loss.detach())] * len(part)
         norm = float(torch.nn.utils.clip_grad_norm_(params.values(), max_grad_norm))
         if not math.isfinite(norm) or not math.isfinite(losses[-1]):
-            raise UserError(f"role {role}: loss or gradient is not finite at batch {step + 1}; try a lower --lr or --dtype float32")
+            raise UserError(
+                f"role {role}: loss or gradient is not finite at batch {step + 1}; try a lower --lr or --dtype float32"
+            )
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
         optimizer.step()
@@ -174,12 +224,28 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
         trim_memory(step + 1)
         if (step + 1) % eval_every and step + 1 < steps:
             continue
-        line = {"step": step + 1, "pairs": min((epoch * len(pairs)) + begin + batch_size, (epoch + 1) * len(pairs)),
-                "train/loss": sum(losses) / len(losses), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+        line = {
+            "step": step + 1,
+            "pairs": min((epoch * len(pairs)) + begin + batch_size, (epoch + 1) * len(pairs)),
+            "train/loss": sum(losses) / len(losses),
+            "grad_norm": norm,
+            "lr": optimizer.param_groups[0]["lr"],
+        }
         losses = []
         if held_out:
-            scores = torch.tensor(group_scores(policy, role, [p[0] for p in held_out], [[p[1], p[2]] for p in held_out], max_tokens_per_pass))
-            right, loss = accuracy(scores[:, 0], scores[:, 1]), float(bradley_terry_loss(scores[:, 0], scores[:, 1]))
+            scores = torch.tensor(
+                group_scores(
+                    policy,
+                    role,
+                    [p[0] for p in held_out],
+                    [[p[1], p[2]] for p in held_out],
+                    max_tokens_per_pass,
+                )
+            )
+            right, loss = (
+                accuracy(scores[:, 0], scores[:, 1]),
+                float(bradley_terry_loss(scores[:, 0], scores[:, 1])),
+            )
             line |= {"held_out/accuracy": right, "held_out/loss": loss}
             highest = max(highest, right)
             near = highest - math.sqrt(highest * (1 - highest) / len(held_out))
@@ -200,6 +266,7 @@ def fit_scorer(policy, role, pairs, held_out, *, lr=1e-4, epochs=1, batch_size=1
 
 
 # ---------------------------------------------------------------------------------------------- models that score texts
+
 
 def messages(prompt):
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -236,20 +303,34 @@ class Classifier:
     def __init__(self, name, device="auto", dtype="auto", most=4096):
         self.name, self.most, self.device = name, most, pick_device(device)
         source = find_model(name)
-        options = dict(use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True)
+        options = dict(
+            use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
+        )
         try:
             with quiet():
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
-                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(source, dtype=pick_dtype(dtype, self.device, name), **options)
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                    source, trust_remote_code=False, local_files_only=True
+                )
+                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                    source, dtype=pick_dtype(dtype, self.device, name), **options
+                )
         except Exception as error:  # as in Policy.load
-            raise UserError(f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights ({first_line(error)})") from error
+            raise UserError(
+                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights ({first_line(error)})"
+            ) from error
         if info["missing_keys"]:  # transformers makes up the weights that a checkpoint lacks
-            raise UserError(f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); is it a plain language model?")
+            raise UserError(
+                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); is it a plain language model?"
+            )
         if model.config.num_labels != 1:
-            raise UserError(f"reward model {name}: its head has {model.config.num_labels} outputs; a score is one number")
+            raise UserError(
+                f"reward model {name}: its head has {model.config.num_labels} outputs; a score is one number"
+            )
         if len(self.tokenizer) > len(model.get_input_embeddings().weight):
-            raise UserError(f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model {len(model.get_input_embeddings().weight)}; "
-                            "they do not belong together")
+            raise UserError(
+                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model {len(model.get_input_embeddings().weight)}; "
+                "they do not belong together"
+            )
         self.model = model.to(self.device).eval()
         self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
         self.pad = model.config.get_text_config().pad_token_id
@@ -258,9 +339,13 @@ class Classifier:
         if self.tokenizer.chat_template is None:  # encoders such as DeBERTa take a pair of texts
             return self.tokenizer("\n".join(m["content"] for m in messages(prompt)), answer)["input_ids"]
         try:
-            text = self.tokenizer.apply_chat_template([*messages(prompt), {"role": "assistant", "content": answer}], tokenize=False)
+            text = self.tokenizer.apply_chat_template(
+                [*messages(prompt), {"role": "assistant", "content": answer}], tokenize=False
+            )
         except Exception as error:  # see Policy.encode_prompt
-            raise UserError(f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} ({first_line(error)})") from error
+            raise UserError(
+                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} ({first_line(error)})"
+            ) from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def tokens(self, prompt, answer):
@@ -276,28 +361,42 @@ class Classifier:
         for at, i in enumerate(order):
             batch.append(i)
             full = at + 1 == len(order) or (len(batch) + 1) * len(texts[order[at + 1]]) > self.most
-            if full or self.pad is None:  # transformers finds the last token by the padding's id, and takes one text at a time without
+            if (
+                full or self.pad is None
+            ):  # transformers finds the last token by the padding's id, and takes one text at a time without
                 longest = len(texts[i])
-                ids = torch.tensor([texts[j] + [self.pad] * (longest - len(texts[j])) for j in batch], device=self.device)
-                mask = torch.arange(longest, device=self.device) < torch.tensor([[len(texts[j])] for j in batch], device=self.device)
-                for j, score in zip(batch, self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].tolist()):
+                ids = torch.tensor(
+                    [texts[j] + [self.pad] * (longest - len(texts[j])) for j in batch], device=self.device
+                )
+                mask = torch.arange(longest, device=self.device) < torch.tensor(
+                    [[len(texts[j])] for j in batch], device=self.device
+                )
+                for j, score in zip(
+                    batch, self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].tolist()
+                ):
                     scores[j] = score
                 batch = []
         if not all(map(math.isfinite, scores)):
-            raise UserError(f"reward model {self.name}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault")
+            raise UserError(
+                f"reward model {self.name}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
+            )
         scores = iter(scores)
         return [[next(scores) for _ in group] for group in groups]
 
 
 def refuse_longer(tokens, context, prompt):
     if tokens > context:
-        raise UserError(f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
-                        "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)")
+        raise UserError(
+            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
+            "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)"
+        )
 
 
 def tokenizer_print(tokenizer):
     """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat template tell."""
-    return hashlib.sha256(json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()
+    ).hexdigest()[:16]
 
 
 def find_scorer(name):
@@ -318,10 +417,16 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
         return Classifier(name, device, dtype, most)
     try:
         base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-        info = json.loads((directory / "reward_model.json").read_text()) if (directory / "reward_model.json").is_file() else {}
+        info = (
+            json.loads((directory / "reward_model.json").read_text())
+            if (directory / "reward_model.json").is_file()
+            else {}
+        )
         quantize = info.get("settings", {}).get("quantize", "none")
     except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})") from error
+        raise UserError(
+            f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})"
+        ) from error
     base = "tiny" if base == "data/tiny" else str(base)
     try:
         shared = policy is not None and os.path.realpath(find_model(base)) == os.path.realpath(policy.source)
@@ -332,11 +437,22 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     role = f"reward{len(policy.heads) or ''}"
     parameters = policy.add_role(role, directory)
     if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
-        raise UserError(f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again")
-    size = sum(p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters()))
+        raise UserError(
+            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again"
+        )
+    size = sum(
+        p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters())
+    )
     other = quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none")
-    print(f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}, {size / 2**20:.1f} MiB"
-          + (f"; it was trained with --quantize {quantize}, so scores here are a little different" if other else ""), file=sys.stderr)
+    print(
+        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}, {size / 2**20:.1f} MiB"
+        + (
+            f"; it was trained with --quantize {quantize}, so scores here are a little different"
+            if other
+            else ""
+        ),
+        file=sys.stderr,
+    )
     return RoleScorer(policy, role, most)
 
 
@@ -348,7 +464,13 @@ class ModelReward:
     """
 
     def __init__(self, scorer, name, missing_eos_penalty=1.0, pairwise=False, tie_band=0.0):
-        self.scorer, self.__name__, self.penalty, self.pairwise, self.tie_band = scorer, name, missing_eos_penalty, pairwise, tie_band
+        self.scorer, self.__name__, self.penalty, self.pairwise, self.tie_band = (
+            scorer,
+            name,
+            missing_eos_penalty,
+            pairwise,
+            tie_band,
+        )
 
     def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
         texts = [last_text(c, "assistant") for c in completions]
@@ -358,7 +480,10 @@ class ModelReward:
             if not self.pairwise or text != y:
                 groups.setdefault(key, {}).update({text: None, y: None})
         prompt_of = dict(zip(keys, prompts))
-        for key, row in zip(groups, self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()])):
+        for key, row in zip(
+            groups,
+            self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()]),
+        ):
             groups[key] = dict(zip(groups[key], row))
         rewards = []
         for key, text, y, cut in zip(keys, texts, references, truncated or [False] * len(texts)):
@@ -375,7 +500,7 @@ class ModelReward:
 CRITERIA = {
     "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, says it clearly, and leaves out what nobody needs.",
     "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with crime or with hatred, insults nobody, keeps private "
-                "things private, and where it declines, says so kindly.",
+    "things private, and where it declines, says so kindly.",
 }
 QUESTION = """Compare two replies to the last message of a conversation.
 
@@ -396,33 +521,59 @@ class Judge:
     """
 
     def __init__(self, policy, name, criterion="helpful", most=4096):
-        self.policy, self.__name__, self.criterion, self.most = policy, f"judge {name}", CRITERIA[criterion], most
+        self.policy, self.__name__, self.criterion, self.most = (
+            policy,
+            f"judge {name}",
+            CRITERIA[criterion],
+            most,
+        )
         letters = [policy.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
-        if policy.tokenizer.chat_template is None or any(len(x) != 1 for x in letters) or letters[0] == letters[1]:
-            raise UserError(f"judge {name}: needs a chat template and a token of its own for each of the letters A and B; choose a chat model")
+        if (
+            policy.tokenizer.chat_template is None
+            or any(len(x) != 1 for x in letters)
+            or letters[0] == letters[1]
+        ):
+            raise UserError(
+                f"judge {name}: needs a chat template and a token of its own for each of the letters A and B; choose a chat model"
+            )
         self.letters = letters
 
     def question(self, prompt, a, b):
         names = {"user": "Person", "assistant": "Assistant", "system": "Instruction", "tool": "Tool"}
         conversation = "\n\n".join(f"{names[m['role']]}: {m['content'].strip()}" for m in messages(prompt))
-        return self.policy.encode_prompt(QUESTION.format(conversation=conversation, a=a.strip(), b=b.strip(), criterion=self.criterion))
+        return self.policy.encode_prompt(
+            QUESTION.format(conversation=conversation, a=a.strip(), b=b.strip(), criterion=self.criterion)
+        )
 
     @torch.no_grad()
     def log_odds(self, prompts, answers, references):
         """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as B. And the mean probability of A or B."""
-        asked = [self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))]
+        asked = [
+            self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))
+        ]
         for prompt, ids in zip([p for p in prompts for _ in "AB"], asked):
             refuse_longer(len(ids) + 1, self.policy.context, prompt)
         odds, said = torch.zeros(len(asked)), torch.zeros(len(asked))
         for part in micro_batches(asked, [self.letters] * len(asked), self.most):
-            logps = self.policy.token_logps([asked[i] for i in part], [self.letters] * len(part), role="reference").logps[:, :, 0].cpu()  # (b, 2)
+            logps = (
+                self.policy.token_logps(
+                    [asked[i] for i in part], [self.letters] * len(part), role="reference"
+                )
+                .logps[:, :, 0]
+                .cpu()
+            )  # (b, 2)
             odds[part], said[part] = logps[:, 0] - logps[:, 1], logps.exp().sum(1)
         if not odds.isfinite().all():
-            raise UserError(f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype bfloat16, may be at fault")
+            raise UserError(
+                f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype bfloat16, may be at fault"
+            )
         return odds.view(-1, 2) * torch.tensor([1.0, -1.0]), float(said.mean()) if len(asked) else 1.0
 
     def __call__(self, prompts, completions, chosen, truncated=None, **columns):
-        cases = [(p, last_text(o, "assistant"), last_text(y, "assistant")) for p, o, y in zip(prompts, completions, chosen, strict=True)]
+        cases = [
+            (p, last_text(o, "assistant"), last_text(y, "assistant"))
+            for p, o, y in zip(prompts, completions, chosen, strict=True)
+        ]
         cut = truncated or [False] * len(cases)
         ask = [i for i, (_, o, y) in enumerate(cases) if not cut[i] and o != y]
         rewards = [-1.0 if c else 0.0 for c in cut]
@@ -439,21 +590,33 @@ def verdict(row):
 def load_model_reward(config, policy):
     """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone where it is the same."""
     options = dict(device=config.device, dtype=config.dtype)
-    kind, _, name = config.reward.rpartition(":") if config.reward.startswith(("pairwise:", "judge:")) else ("", "", config.reward)
+    kind, _, name = (
+        config.reward.rpartition(":")
+        if config.reward.startswith(("pairwise:", "judge:"))
+        else ("", "", config.reward)
+    )
     if kind == "judge":
         shared = os.path.realpath(find_model(name)) == os.path.realpath(policy.source)
-        return Judge(policy if shared else Policy.load(name, quantize=config.quantize, **options), name, config.criterion, config.micro_batch_tokens)
+        return Judge(
+            policy if shared else Policy.load(name, quantize=config.quantize, **options),
+            name,
+            config.criterion,
+            config.micro_batch_tokens,
+        )
     scorer = load_scorer(name, policy, config.micro_batch_tokens, **options)
     return ModelReward(scorer, config.reward, config.missing_eos_penalty, kind == "pairwise", config.tie_band)
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
 
+
 def pair(a, b):
     """Two sequences or tensors as equal, non-empty float arrays."""
     a, b = (np.asarray(x.tolist() if hasattr(x, "tolist") else list(x), dtype=float) for x in (a, b))
     if a.shape != b.shape or a.size == 0 or np.isnan(a).any() or np.isnan(b).any():
-        raise ValueError(f"wanted: two equally long, non-empty sequences without NaN; got shapes {a.shape}, {b.shape}")
+        raise ValueError(
+            f"wanted: two equally long, non-empty sequences without NaN; got shapes {a.shape}, {b.shape}"
+        )
     return a, b
 
 

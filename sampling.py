@@ -35,7 +35,9 @@ class Cache:
     """Keys and values of R rows and up to S positions. Rows are left-padded: all write to the same slot, positions differ."""
 
     def __init__(self, layers, rows, heads, slots, width, dtype, device):
-        self.kv = [torch.zeros(2, rows, heads, slots, width, dtype=dtype, device=device) for _ in range(layers)]
+        self.kv = [
+            torch.zeros(2, rows, heads, slots, width, dtype=dtype, device=device) for _ in range(layers)
+        ]
         self.slot, self.length = 0, slots
         self.mask = None  # (R, S) bool, False on left padding; None if there is none
 
@@ -47,13 +49,21 @@ class Cache:
         repeat = q.shape[1] // k.shape[1]
         if n > 1:
             causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-            if self.mask is not None:  # padding sees itself: a softmax over nothing would be NaN and spread through the values
-                causal = (causal & self.mask[:, None, None, :n]) | torch.eye(n, dtype=torch.bool, device=q.device)
-            out = F.scaled_dot_product_attention(q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), causal, scale=scaling)
+            if (
+                self.mask is not None
+            ):  # padding sees itself: a softmax over nothing would be NaN and spread through the values
+                causal = (causal & self.mask[:, None, None, :n]) | torch.eye(
+                    n, dtype=torch.bool, device=q.device
+                )
+            out = F.scaled_dot_product_attention(
+                q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), causal, scale=scaling
+            )
         else:  # one query for each head: heads that share keys become the query axis, so keys are not repeated
             mask = None if self.mask is None else self.mask[:, None, None, :end]
             q = q.reshape(rows, k.shape[1], repeat, -1)
-            out = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=scaling).reshape(rows, -1, 1, v.shape[-1])
+            out = F.scaled_dot_product_attention(
+                q, keys[:, :, :end], values[:, :, :end], mask, scale=scaling
+            ).reshape(rows, -1, 1, v.shape[-1])
         return out.transpose(1, 2)
 
     def fan_out(self, group_size, slots):
@@ -89,7 +99,9 @@ class LlamaDecoder:
         self.groups = []  # for each layer: the fused linear layers and where they come from
         for layer in self.model.layers:
             a, m = layer.self_attn, layer.mlp
-            self.groups.append([[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]])
+            self.groups.append(
+                [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]]
+            )
         self.weights = None
         self.biases = [[self.fused_bias(g) for g in groups] for groups in self.groups]
 
@@ -97,7 +109,9 @@ class LlamaDecoder:
     def supports(hf):
         config = hf.config
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        window = getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(config, "sliding_window", None)
+        window = getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(
+            config, "sliding_window", None
+        )
         known = config.model_type in ("llama", "qwen2", "qwen3", "mistral") and config.hidden_act == "silu"
         return known and rope in ("default", "linear", "llama3", "yarn") and not window
 
@@ -108,7 +122,10 @@ class LlamaDecoder:
 
     def refresh(self):
         """Merge the current adapters into the copy. In fp32, then rounded once."""
-        self.weights = [[prepack(torch.cat([merged_weight(p).to(self.dtype) for p in group])) for group in groups] for groups in self.groups]
+        self.weights = [
+            [prepack(torch.cat([merged_weight(p).to(self.dtype) for p in group])) for group in groups]
+            for groups in self.groups
+        ]
 
     def release(self):
         """Give the copy's memory to training: the next rollout needs a new one anyway."""
@@ -154,12 +171,18 @@ class HFDecoder:
         pass
 
     def forward(self, ids, positions, cache):
-        return self.model(input_ids=ids, position_ids=positions, use_cache=False, layout=cache).last_hidden_state
+        return self.model(
+            input_ids=ids, position_ids=positions, use_cache=False, layout=cache
+        ).last_hidden_state
 
 
 def prepack(weight):
     """On a CPU, bf16 weights in oneDNN's own layout: F.linear would reorder them at every call, which takes longer than multiplying."""
-    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if (
+        weight.device.type != "cpu"
+        or weight.dtype != torch.bfloat16
+        or not torch.backends.mkldnn.is_available()
+    ):
         return weight
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
@@ -180,7 +203,9 @@ def merged_weight(module):
     weight = frozen_weight(base).float()
     if base is not module and not module.disable_adapters:
         (name,) = module.active_adapters
-        weight = torch.addmm(weight, module.lora_B[name].weight, module.lora_A[name].weight, alpha=module.scaling[name])
+        weight = torch.addmm(
+            weight, module.lora_B[name].weight, module.lora_A[name].weight, alpha=module.scaling[name]
+        )
     return weight
 
 
@@ -204,7 +229,9 @@ def draw(logits, temperature, uniform):
     if temperature == 0:
         tokens = z.argmax(-1)
     else:  # right=True never picks a token of probability 0
-        tokens = torch.searchsorted(cdf, (uniform * total)[:, None], right=True)[:, 0].clamp_(max=z.shape[-1] - 1)
+        tokens = torch.searchsorted(cdf, (uniform * total)[:, None], right=True)[:, 0].clamp_(
+            max=z.shape[-1] - 1
+        )
     return tokens, z.gather(-1, tokens[:, None])[:, 0] - total.log()
 
 
@@ -225,14 +252,30 @@ class Sampler:
         self.head, self.head_bias = prepack(head.weight.detach()), head.bias
         rows = len(prompts) * group_size
         # Drawn on the CPU: the same numbers on every device.
-        uniform = torch.rand(rows, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float().clamp_(max=1 - 2**-24)
-        per_token = 2 * self.hf.config.num_hidden_layers * self.decoder.kv_heads * self.decoder.width * self.decoder.dtype.itemsize
+        uniform = (
+            torch.rand(
+                rows, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
+            .float()
+            .clamp_(max=1 - 2**-24)
+        )
+        per_token = (
+            2
+            * self.hf.config.num_hidden_layers
+            * self.decoder.kv_heads
+            * self.decoder.width
+            * self.decoder.dtype.itemsize
+        )
         row_bytes = per_token * (max(map(len, prompts)) + max_new_tokens)
-        at_once = max(1, min(KV_BYTES // row_bytes, LOGITS // self.hf.config.vocab_size) // group_size)  # prompts
+        at_once = max(
+            1, min(KV_BYTES // row_bytes, LOGITS // self.hf.config.vocab_size) // group_size
+        )  # prompts
         rollout = Rollout([], [], [])
         for i in range(0, len(prompts), at_once):
             part = prompts[i : i + at_once]
-            tokens, logps, lengths, ended = self.decode(part, group_size, temperature, uniform[i * group_size :][: len(part) * group_size])
+            tokens, logps, lengths, ended = self.decode(
+                part, group_size, temperature, uniform[i * group_size :][: len(part) * group_size]
+            )
             for j in range(0, len(tokens), group_size):
                 rows = range(j, j + group_size)
                 rollout.completions.append([tokens[r, : lengths[r]].tolist() for r in rows])
@@ -249,7 +292,15 @@ class Sampler:
         P = int(lengths.max())
         ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=self.device)
         valid = torch.arange(P, device=self.device) >= (P - lengths)[:, None]
-        cache = Cache(self.hf.config.num_hidden_layers, len(prompts), self.decoder.kv_heads, P, self.decoder.width, self.decoder.dtype, self.device)
+        cache = Cache(
+            self.hf.config.num_hidden_layers,
+            len(prompts),
+            self.decoder.kv_heads,
+            P,
+            self.decoder.width,
+            self.decoder.dtype,
+            self.device,
+        )
         cache.mask = None if bool(valid.all()) else valid
         hidden = self.decoder.forward(ids, (valid.cumsum(-1) - 1).clamp_(min=0), cache)[:, -1]
         cache.slot = P

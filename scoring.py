@@ -139,7 +139,9 @@ class Pack:
     def __init__(self, prompts, completions, device):
         groups = {len(group) for group in completions}
         if len(prompts) != len(completions) or len(groups) != 1 or 0 in groups:
-            raise ValueError(f"{len(prompts)} prompts need as many groups of one size, got {len(completions)} of sizes {sorted(groups)}")
+            raise ValueError(
+                f"{len(prompts)} prompts need as many groups of one size, got {len(completions)} of sizes {sorted(groups)}"
+            )
         if not all(prompts) or not all(c for group in completions for c in group):
             raise ValueError("a prompt or a completion has no tokens")
         self.B, self.G = len(prompts), groups.pop()
@@ -165,30 +167,50 @@ class Pack:
         see_prompt = p_mask[p_of, None, :].expand(-1, T, P)
         see_past = torch.ones(T, T, dtype=torch.bool).tril().expand(len(flat), T, T)
         attend = torch.cat([see_prompt, see_past], -1)[:, None]
-        back = torch.cat([torch.arange(self.B * P).view(self.B, P)[p_mask], self.B * P + torch.arange(c_mask.numel()).view_as(c_mask)[c_mask]])
+        back = torch.cat(
+            [
+                torch.arange(self.B * P).view(self.B, P)[p_mask],
+                self.B * P + torch.arange(c_mask.numel()).view_as(c_mask)[c_mask],
+            ]
+        )
         last = c_start + c_len - 1
         self.length, self.p_of = P + T, p_of.to(device)
-        self.positions, self.p_index, self.c_index, self.source, self.mask, self.attend_mask, self.back, self.last = (
-            x.to(device) for x in (positions, p_index, c_index, source, c_mask, attend, back, last)
-        )
+        (
+            self.positions,
+            self.p_index,
+            self.c_index,
+            self.source,
+            self.mask,
+            self.attend_mask,
+            self.back,
+            self.last,
+        ) = (x.to(device) for x in (positions, p_index, c_index, source, c_mask, attend, back, last))
         self.targets = self.ids[0][self.c_index]  # (B*G, T)
 
     def dense(self, x):
         """One number for each completion token, in the order of `mask` -> (B, G, T), 0 elsewhere."""
-        return torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device).masked_scatter(self.mask, x).view(self.B, self.G, -1)
+        return (
+            torch.zeros(self.mask.shape, dtype=x.dtype, device=x.device)
+            .masked_scatter(self.mask, x)
+            .view(self.B, self.G, -1)
+        )
 
     def attend(self, layer, q, k, v, scaling):
         """q (1, H, N, d), k and v (1, K, N, d) -> (1, N, H, d): attention within each group, the prompt's part computed once."""
         q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))  # (N, heads, d)
 
-        def rows(x, index):  # -> (*index.shape, heads, d); index_select's backward is an index_add, much faster than x[index]'s
+        def rows(
+            x, index
+        ):  # -> (*index.shape, heads, d); index_select's backward is an index_add, much faster than x[index]'s
             return x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
 
         def heads(x):  # (S, L, heads, d) -> (S, heads, L, d)
             return x.transpose(1, 2)
 
         k_prompt, v_prompt = rows(k, self.p_index), rows(v, self.p_index)
-        prompt = attention(heads(rows(q, self.p_index)), heads(k_prompt), heads(v_prompt), None, scaling)  # (B, H, P, d)
+        prompt = attention(
+            heads(rows(q, self.p_index)), heads(k_prompt), heads(v_prompt), None, scaling
+        )  # (B, H, P, d)
         completion = attention(
             heads(rows(q, self.c_index)),
             heads(torch.cat([k_prompt.index_select(0, self.p_of), rows(k, self.c_index)], 1)),
@@ -196,7 +218,9 @@ class Pack:
             self.attend_mask,
             scaling,
         )  # (B*G, H, T, d)
-        out = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (prompt, completion)])  # (B*P + B*G*T, H, d)
+        out = torch.cat(
+            [x.transpose(1, 2).flatten(0, 1) for x in (prompt, completion)]
+        )  # (B*P + B*G*T, H, d)
         return out.index_select(0, self.back)[None]
 
 
@@ -211,7 +235,9 @@ def attention(q, k, v, mask, scaling):
     unseen = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
     # The heads that share keys become more queries of one head: keys are not repeated, nor their gradients summed.
     scores = (q.reshape(S, K, -1, d) @ k.transpose(-1, -2)).view(S, H, L, keys)
-    weights = torch.add(unseen, scores, alpha=d**-0.5 if scaling is None else scaling).softmax(-1)  # in bf16, too, torch sums in fp32
+    weights = torch.add(unseen, scores, alpha=d**-0.5 if scaling is None else scaling).softmax(
+        -1
+    )  # in bf16, too, torch sums in fp32
     return (weights.view(S, K, -1, keys) @ v).view(S, H, L, d)
 
 
@@ -219,7 +245,9 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, layout
     """transformers' attention interface; `layout` (a Pack, or a sampler's KV cache) knows who sees whom. Source: transformers docs."""
     window = kwargs.get("sliding_window")
     if (window and layout.length > window) or kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise UserError(f"{type(module).__name__} uses a sliding window shorter than the text, soft-capping or sinks: not supported")
+        raise UserError(
+            f"{type(module).__name__} uses a sliding window shorter than the text, soft-capping or sinks: not supported"
+        )
     return layout.attend(module.layer_idx, query, key, value, scaling), None
 
 
@@ -230,7 +258,9 @@ ALL_ATTENTION_FUNCTIONS.register("shared_prefix", shared_prefix_attention)
 class Scored:
     """What the policy thinks of given completions; every field (B, G, T), 0 where mask is False."""
 
-    logps: torch.Tensor  # log pi(o_t | q, o_<t) at the sampling temperature, nats, with gradient unless under no_grad
+    logps: (
+        torch.Tensor
+    )  # log pi(o_t | q, o_<t) at the sampling temperature, nats, with gradient unless under no_grad
     mask: torch.Tensor  # bool, True on completion tokens, EOS included
     entropy: torch.Tensor  # of the next-token distribution, nats, detached
 

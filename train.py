@@ -85,10 +85,16 @@ class Trainer:
         # out, others take their place.
         shorter = config.max_prompt_tokens or config.max_reference_tokens
         wanted = {"records": config.steps * config.prompts_per_step, "held_out": config.eval_prompts}
-        self.records = load_records(config.data, "train", None if shorter else wanted["records"], seed=config.seed, level=level)
-        self.held_out = load_records(config.data, "heldout", None if shorter else wanted["held_out"], seed=0, level=level)
+        self.records = load_records(
+            config.data, "train", None if shorter else wanted["records"], seed=config.seed, level=level
+        )
+        self.held_out = load_records(
+            config.data, "heldout", None if shorter else wanted["held_out"], seed=0, level=level
+        )
         if self.reward_fn is verifier and not all("constraints" in r for r in self.records + self.held_out):
-            raise UserError(f"data {config.data}: has no 'constraints' for the verifier to check; use --data tasks, or another --reward")
+            raise UserError(
+                f"data {config.data}: has no 'constraints' for the verifier to check; use --data tasks, or another --reward"
+            )
         for record in self.records if method.needs_rejected else ():
             if not isinstance(record.get("rejected"), str):
                 raise UserError(
@@ -96,8 +102,15 @@ class Trainer:
                     f"{str(record['prompt'])[:60]!r} has none"
                 )
         self.policy = Policy.load(
-            config.model, quantize=config.quantize, adapter=config.from_adapter, reference=config.reference, lora_rank=config.lora_rank,
-            lora_alpha=config.lora_alpha, device=config.device, dtype=config.dtype, seed=config.seed,
+            config.model,
+            quantize=config.quantize,
+            adapter=config.from_adapter,
+            reference=config.reference,
+            lora_rank=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            device=config.device,
+            dtype=config.dtype,
+            seed=config.seed,
             gradient_checkpointing=config.gradient_checkpointing == "on",
         )
         self.reward_fn = self.reward_fn or load_model_reward(config, self.policy)
@@ -141,15 +154,26 @@ class Trainer:
                         "--max-reference-tokens to leave such records out"
                     )
                 tokens += len(ids)
-                unknown += ids.count(policy.tokenizer.unk_token_id) if policy.tokenizer.unk_token_id is not None else 0
+                unknown += (
+                    ids.count(policy.tokenizer.unk_token_id)
+                    if policy.tokenizer.unk_token_id is not None
+                    else 0
+                )
                 kept.append(record | {"prompt_ids": ids, "record_index": len(kept), **answers})
             if not kept:
-                raise UserError(f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-reference-tokens")
+                raise UserError(
+                    f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-reference-tokens"
+                )
             setattr(self, part, kept)
         if dropped:
-            print(f"left out {dropped} records longer than --max-prompt-tokens or --max-reference-tokens", file=sys.stderr)
+            print(
+                f"left out {dropped} records longer than --max-prompt-tokens or --max-reference-tokens",
+                file=sys.stderr,
+            )
         if unknown > 0.1 * tokens:
-            raise UserError(f"data {c.data}: {unknown / tokens:.0%} of its tokens are unknown to model {c.model}; choose another --model")
+            raise UserError(
+                f"data {c.data}: {unknown / tokens:.0%} of its tokens are unknown to model {c.model}; choose another --model"
+            )
 
     def order(self, n):
         """The first n record indices of the run: a new seeded permutation for every pass over the data."""
@@ -170,17 +194,25 @@ class Trainer:
         """Rewards of one text for each record -> list[float]."""
         skip = {"prompt", "prompt_ids", "reference_ids", "rejected_ids", "record_index"}
         names = {name for record in records for name in record} - skip
-        columns = {name: [record.get(name) for record in records] for name in names} | {"truncated": truncated}
+        columns = {name: [record.get(name) for record in records] for name in names} | {
+            "truncated": truncated
+        }
         return checked_rewards(self.reward_fn, [r["prompt"] for r in records], completions, columns)
 
     def sample(self, records, group_size, seed):
         """Samples and their rewards -> (Rollout, texts (B*G), rewards (B, G) tensor)."""
         c = self.config
-        rollout = self.policy.generate([r["prompt_ids"] for r in records], group_size, c.max_new_tokens, c.temperature, seed)
+        rollout = self.policy.generate(
+            [r["prompt_ids"] for r in records], group_size, c.max_new_tokens, c.temperature, seed
+        )
         texts = [self.policy.decode(ids) for group in rollout.completions for ids in group]
         truncated = [cut for group in rollout.truncated for cut in group]
         repeated = [record for record in records for _ in range(group_size)]
-        return rollout, texts, torch.tensor(self.rewards(repeated, texts, truncated)).view(len(records), group_size)
+        return (
+            rollout,
+            texts,
+            torch.tensor(self.rewards(repeated, texts, truncated)).view(len(records), group_size),
+        )
 
     def reference_rewards(self, records):
         return torch.tensor(self.rewards(records, [r["chosen"] for r in records], [False] * len(records)))
@@ -188,24 +220,39 @@ class Trainer:
     def rollout(self, records):
         """G samples of the policy for each record, with rewards: a Batch."""
         start = time.perf_counter()
-        rollout, _, rewards = self.sample(records, self.config.group_size, seed=self.config.seed * 1_000_003 + self.step)
+        rollout, _, rewards = self.sample(
+            records, self.config.group_size, seed=self.config.seed * 1_000_003 + self.step
+        )
         sampling = time.perf_counter() - start
         reference_rewards = self.reference_rewards(records)
         lengths = torch.tensor([len(ids) for group in rollout.completions for ids in group]).float()
         self.tokens_generated += int(lengths.sum())
         q25, median, q75 = torch.quantile(rewards.flatten(), torch.tensor([0.25, 0.5, 0.75])).tolist()
         metrics = {
-            "reward/mean": float(rewards.mean()), "reward/std": float(rewards.std(correction=0)),
-            "reward/q25": q25, "reward/median": median, "reward/q75": q75, "reward/reference": float(reference_rewards.mean()),
+            "reward/mean": float(rewards.mean()),
+            "reward/std": float(rewards.std(correction=0)),
+            "reward/q25": q25,
+            "reward/median": median,
+            "reward/q75": q75,
+            "reward/reference": float(reference_rewards.mean()),
             "groups/no_signal": float((rewards.amax(1) == rewards.amin(1)).float().mean()),
-            "length/min": float(lengths.min()), "length/mean": float(lengths.mean()), "length/max": float(lengths.max()),
+            "length/min": float(lengths.min()),
+            "length/mean": float(lengths.mean()),
+            "length/max": float(lengths.max()),
             "length/truncated": float(torch.tensor(rollout.truncated).float().mean()),
-            "tokens/generated": self.tokens_generated, "tokens/per_second": float(lengths.sum()) / sampling,
+            "tokens/generated": self.tokens_generated,
+            "tokens/per_second": float(lengths.sum()) / sampling,
             "time/rollout": time.perf_counter() - start,
         }
         return Batch(
-            records, [r["prompt_ids"] for r in records], rollout.completions, [r["reference_ids"] for r in records], rollout.logps,
-            rewards.to(self.policy.device), reference_rewards.to(self.policy.device), metrics,
+            records,
+            [r["prompt_ids"] for r in records],
+            rollout.completions,
+            [r["reference_ids"] for r in records],
+            rollout.logps,
+            rewards.to(self.policy.device),
+            reference_rewards.to(self.policy.device),
+            metrics,
         )
 
     def micro_batches(self, prompts, completions, begin=0, end=None):
@@ -228,7 +275,9 @@ class Trainer:
             group["lr"] = group["base_lr"] * factor
             norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm)))
         if not all(map(math.isfinite, norms)):
-            raise UserError(f"step {self.step + 1}: the gradient is not finite; nothing was updated. Try a lower --lr or --dtype float32")
+            raise UserError(
+                f"step {self.step + 1}: the gradient is not finite; nothing was updated. Try a lower --lr or --dtype float32"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {"grad_norm": norms[0], "lr": c.lr * factor}
@@ -246,11 +295,30 @@ class Trainer:
         reference_rewards = self.reference_rewards(self.held_out).tolist()
         kl, logp_reference = self.held_out_logps(rollout.completions)
         return [
-            {"step": self.step, "prompt": r["prompt"], "reference": r["chosen"], "completion": text, "reward": float(reward),
-             "reference_reward": reference, "tokens": len(ids[0]), "truncated": cut[0], "kl": kl[i], "logp_reference": logp_reference[i],
-             "reference_tokens": len(r["reference_ids"]), **({"constraints": r["constraints"]} if "constraints" in r else {})}
-            for i, (r, text, reward, reference, ids, cut) in enumerate(zip(
-                self.held_out, texts, rewards[:, 0], reference_rewards, rollout.completions, rollout.truncated))
+            {
+                "step": self.step,
+                "prompt": r["prompt"],
+                "reference": r["chosen"],
+                "completion": text,
+                "reward": float(reward),
+                "reference_reward": reference,
+                "tokens": len(ids[0]),
+                "truncated": cut[0],
+                "kl": kl[i],
+                "logp_reference": logp_reference[i],
+                "reference_tokens": len(r["reference_ids"]),
+                **({"constraints": r["constraints"]} if "constraints" in r else {}),
+            }
+            for i, (r, text, reward, reference, ids, cut) in enumerate(
+                zip(
+                    self.held_out,
+                    texts,
+                    rewards[:, 0],
+                    reference_rewards,
+                    rollout.completions,
+                    rollout.truncated,
+                )
+            )
         ]
 
     @torch.no_grad()
@@ -260,7 +328,10 @@ class Trainer:
         members = [[ids[0], r["reference_ids"]] for ids, r in zip(completions, self.held_out)]
         kl, logp_reference = [], []
         for part in self.micro_batches(prompts, members):
-            scored, frozen = (self.policy.token_logps(prompts[part], members[part], self.config.temperature, role) for role in ("policy", "reference"))
+            scored, frozen = (
+                self.policy.token_logps(prompts[part], members[part], self.config.temperature, role)
+                for role in ("policy", "reference")
+            )
             kl += (scored.logps - frozen.logps)[:, 0].sum(-1).tolist()
             logp_reference += scored.sequence_mean()[:, 1].tolist()
         return kl, logp_reference
@@ -269,7 +340,9 @@ class Trainer:
 
     def state(self):
         """Everything the next step depends on, as tensors, for one safetensors file."""
-        tensors = {"rng": torch.get_rng_state()} | {f"kept/{name}": tensor for name, tensor in self.kept.items()}
+        tensors = {"rng": torch.get_rng_state()} | {
+            f"kept/{name}": tensor for name, tensor in self.kept.items()
+        }
         for name, p in self.params.items():
             tensors[f"param/{name}"] = p.detach()
             for key, value in self.optimizer.state.get(p, {}).items():
@@ -279,12 +352,18 @@ class Trainer:
     def load_state(self, tensors, meta):
         self.step, self.tokens_generated = meta["step"], meta["tokens_generated"]
         torch.set_rng_state(tensors["rng"])
-        self.kept = {k.removeprefix("kept/"): v.to(self.policy.device) for k, v in tensors.items() if k.startswith("kept/")}
+        self.kept = {
+            k.removeprefix("kept/"): v.to(self.policy.device)
+            for k, v in tensors.items()
+            if k.startswith("kept/")
+        }
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(tensors[f"param/{name}"])
                 keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors]
-                self.optimizer.state[p] = {k: tensors[f"{k}/{name}"].to("cpu" if k == "step" else p.device) for k in keys}
+                self.optimizer.state[p] = {
+                    k: tensors[f"{k}/{name}"].to("cpu" if k == "step" else p.device) for k in keys
+                }
 
 
 def schedule(kind, step, warmup, steps):
@@ -303,7 +382,9 @@ def load_reward(name):
     if not path.endswith(".py"):
         model = name.removeprefix("pairwise:").removeprefix("judge:")
         if not Path(model).exists() and "/" not in model and model != "tiny":
-            raise UserError(f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), pairwise:DIR, or judge:MODEL")
+            raise UserError(
+                f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), pairwise:DIR, or judge:MODEL"
+            )
         return None
     if not Path(path).is_file():
         raise UserError(f"--reward {name}: no file {path}")
@@ -313,7 +394,9 @@ def load_reward(name):
         spec.loader.exec_module(module)
         return getattr(module, function)
     except Exception as error:  # it is the user's program
-        raise UserError(f"--reward {name}: cannot be loaded ({type(error).__name__}: {first_line(error)})") from error
+        raise UserError(
+            f"--reward {name}: cannot be loaded ({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -346,9 +429,15 @@ def run(method, given, reward_fn=None):
     config = method.config(**(folder.settings(method) | {"resume": True} if resume else given))
     if resume:
         check_settings(wanted := method.config(**given))
-        changed = [name for name in given if name not in ("resume", "out", "device") and getattr(wanted, name) != getattr(config, name)]
+        changed = [
+            name
+            for name in given
+            if name not in ("resume", "out", "device") and getattr(wanted, name) != getattr(config, name)
+        ]
         if changed:
-            raise UserError(f"--resume: {changed[0]} was {getattr(config, changed[0])} in {folder.path}; leave the flag out, or start a new run")
+            raise UserError(
+                f"--resume: {changed[0]} was {getattr(config, changed[0])} in {folder.path}; leave the flag out, or start a new run"
+            )
         config.device = given.get("device", config.device)
     check_settings(config)
     trainer = Trainer(method, config, reward_fn)
@@ -356,7 +445,9 @@ def run(method, given, reward_fn=None):
     if resume:
         folder.restore(trainer)
         if trainer.step >= config.steps:
-            raise UserError(f"--resume: {folder.path} has finished its {config.steps} steps; go on from it with --from-adapter {folder.path}/adapter")
+            raise UserError(
+                f"--resume: {folder.path} has finished its {config.steps} steps; go on from it with --from-adapter {folder.path}/adapter"
+            )
         before = [s for s in read_jsonl(folder.samples) if s["step"] == 0]
     count = sum(p.numel() for p in trainer.params.values() if p.requires_grad)
     print(
@@ -367,7 +458,9 @@ def run(method, given, reward_fn=None):
         if not resume:
             before = trainer.evaluate()
             folder.create(trainer, before, {"step": 0} | evaluation(before))
-        with tqdm(total=config.steps, initial=trainer.step, desc=method.name, unit="step", dynamic_ncols=True) as bar:  # closed before an error is reported
+        with tqdm(
+            total=config.steps, initial=trainer.step, desc=method.name, unit="step", dynamic_ncols=True
+        ) as bar:  # closed before an error is reported
             while trainer.step < config.steps and not stop.asked:
                 start = time.perf_counter()
                 metrics = method.update(trainer, trainer.next_records())
@@ -384,15 +477,22 @@ def run(method, given, reward_fn=None):
                 bar.update()
                 if due or stop.asked:
                     folder.save(trainer)
-                    draw_curves(read_jsonl(folder.metrics), PANELS + method.panels, folder.path / "curves.png")
+                    draw_curves(
+                        read_jsonl(folder.metrics), PANELS + method.panels, folder.path / "curves.png"
+                    )
     policy.save(folder.path / "adapter")
     script = Path(sys.argv[0]).name
     if trainer.step < config.steps:
-        print(f"stopped after step {trainer.step}; go on with: python {script} --resume --out {folder.path}", file=sys.stderr)
+        print(
+            f"stopped after step {trainer.step}; go on with: python {script} --resume --out {folder.path}",
+            file=sys.stderr,
+        )
         return None
     folder.write_samples(before + after)
     print("\n" + report(before, after))
-    print(f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, adapter/ (loads with peft.PeftModel.from_pretrained).")
+    print(
+        f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, adapter/ (loads with peft.PeftModel.from_pretrained)."
+    )
     print(f"To try next: {method.next}; or go on from here: --from-adapter {folder.path / 'adapter'}")
     return folder.path
 
@@ -409,13 +509,24 @@ PANELS = [
 
 def evaluation(samples):
     s = summary(samples)
-    means = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_reference")}
-    measures = {name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")} | means
+    means = {
+        name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_reference")
+    }
+    measures = {
+        name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")
+    } | means
     return {f"eval/{name}": value for name, value in measures.items()}
 
 
 def postfix(metrics):
-    names = {"reward/mean": "reward", "reward/reference": "ref", "kl/k1": "kl", "entropy": "ent", "length/mean": "len", "loss": "loss"}
+    names = {
+        "reward/mean": "reward",
+        "reward/reference": "ref",
+        "kl/k1": "kl",
+        "entropy": "ent",
+        "length/mean": "len",
+        "loss": "loss",
+    }
     return " ".join(f"{short} {metrics[name]:.3g}" for name, short in names.items() if name in metrics)
 
 
@@ -433,9 +544,15 @@ def exit_status(work, stopped="stopped at once; what was saved at the last check
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except (OSError, safetensors.SafetensorError) as error:
-        print(f"error: a file cannot be read or written ({first_line(error)}); look at the disk's room and permissions", file=sys.stderr)
+        print(
+            f"error: a file cannot be read or written ({first_line(error)}); look at the disk's room and permissions",
+            file=sys.stderr,
+        )
     except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens ({first_line(error)})", file=sys.stderr)
+        print(
+            f"error: out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens ({first_line(error)})",
+            file=sys.stderr,
+        )
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130

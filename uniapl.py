@@ -34,14 +34,29 @@ from dataclasses import dataclass
 import torch
 
 import discriminator
-from baselines import aggregate_tokens, completion_mask, flat, grpo_advantages, grpo_loss, normaliser, sft_loss
+from baselines import (
+    aggregate_tokens,
+    completion_mask,
+    flat,
+    grpo_advantages,
+    grpo_loss,
+    normaliser,
+    sft_loss,
+)
 from data import UserError
 from settings import Config, Method, setting
 from train import Sums, exit_status, main, schedule
 
 # Variant -> objective of its first stage, and of its second if it has one.
-VARIANTS = {name: (name,) for name in ("unified", "a-sft", "a-grpo", "chord", "a-chord", "shaping", "ptx", "luffy", "hpt")}
-VARIANTS |= {"sft-grpo": ("sft", "grpo"), "sft-a-grpo": ("sft", "a-grpo"), "a-sft-a-grpo": ("a-sft", "a-grpo")}
+VARIANTS = {
+    name: (name,)
+    for name in ("unified", "a-sft", "a-grpo", "chord", "a-chord", "shaping", "ptx", "luffy", "hpt")
+}
+VARIANTS |= {
+    "sft-grpo": ("sft", "grpo"),
+    "sft-a-grpo": ("sft", "a-grpo"),
+    "a-sft-a-grpo": ("a-sft", "a-grpo"),
+}
 MIXED = ("unified", "chord", "a-chord")  # weighted by mu
 ANCHORED = ("unified", "a-chord", "a-sft", "a-grpo", "shaping")  # with a discriminator
 
@@ -54,24 +69,56 @@ class UniAPLConfig(Config):
     }
     variant: str = setting("unified", "what to optimise, see VARIANTS in uniapl.py", choices=tuple(VARIANTS))
     lambda_adv: float = setting(0.1, "weight of the adversarial part", low=0, high=100)
-    mu: float = setting(None, "unified, chord, a-chord: a constant weight of imitation instead of the schedule", low=0, high=1)
+    mu: float = setting(
+        None, "unified, chord, a-chord: a constant weight of imitation instead of the schedule", low=0, high=1
+    )
     mu_warmup: int = setting(0, "steps in which mu rises from 0 to its peak", low=0, high=10**6)
-    mu_decay: int = setting(None, "steps in which it then falls to its valley [two thirds of --steps]", low=0, high=10**6)
+    mu_decay: int = setting(
+        None, "steps in which it then falls to its valley [two thirds of --steps]", low=0, high=10**6
+    )
     mu_peak: float = setting(0.9, "largest mu", low=0, high=1)
     mu_valley: float = setting(0.05, "last mu", low=0, high=1)
-    phi: bool = setting(False, "unified, chord, a-chord: CHORD-phi, expert tokens weighted by p (1 - p), mu constant [0.1]")
+    phi: bool = setting(
+        False, "unified, chord, a-chord: CHORD-phi, expert tokens weighted by p (1 - p), mu constant [0.1]"
+    )
     ptx_coef: float = setting(0.1, "ptx: weight of imitation beside GRPO", low=0, high=100)
-    hpt_threshold: float = setting(0.0, "hpt: a prompt with a sample rewarded above this is trained by GRPO, any other by imitation", low=-1e6, high=1e6)
+    hpt_threshold: float = setting(
+        0.0,
+        "hpt: a prompt with a sample rewarded above this is trained by GRPO, any other by imitation",
+        low=-1e6,
+        high=1e6,
+    )
     kl_coef: float = setting(0.0, "weight of KL(pi || reference) in L_GRPO", low=0, high=100)
-    aggregate: str = setting("sequence", "L_GRPO: mean of per-sample means (sequence), or over all tokens (token, CHORD's)", choices=("sequence", "token"))
-    switch_step: float = setting(0.5, "staged variants: steps in stage 1, or below 1 their share of --steps", above=0, high=10**6)
+    aggregate: str = setting(
+        "sequence",
+        "L_GRPO: mean of per-sample means (sequence), or over all tokens (token, CHORD's)",
+        choices=("sequence", "token"),
+    )
+    switch_step: float = setting(
+        0.5, "staged variants: steps in stage 1, or below 1 their share of --steps", above=0, high=10**6
+    )
     switch_lr: float = setting(None, "learning rate of stage 2 [--lr]", above=0, high=1)
-    discriminator: str = setting(None, "polar, embedding, cotrained, or a directory `uniapl.py discriminator` made [polar where the variant has one]")
-    discriminator_pairs: int = setting(None, "polar: prompts to learn from at the start, a tenth of them for early stopping", low=10, high=10**6)
+    discriminator: str = setting(
+        None,
+        "polar, embedding, cotrained, or a directory `uniapl.py discriminator` made [polar where the variant has one]",
+    )
+    discriminator_pairs: int = setting(
+        None,
+        "polar: prompts to learn from at the start, a tenth of them for early stopping",
+        low=10,
+        high=10**6,
+    )
     discriminator_epochs: int = setting(None, "polar: passes over them", low=1, high=1000)
     discriminator_lr: float = setting(None, "polar, cotrained: learning rate", above=0, high=1)
-    discriminator_warmup: int = setting(5, "cotrained: steps that train only the discriminator", low=0, high=10**6)
-    parts_every: int = setting(5, "steps between measurements of the gradient's parts, each of which costs a backward pass", low=1, high=10**6)
+    discriminator_warmup: int = setting(
+        5, "cotrained: steps that train only the discriminator", low=0, high=10**6
+    )
+    parts_every: int = setting(
+        5,
+        "steps between measurements of the gradient's parts, each of which costs a backward pass",
+        low=1,
+        high=10**6,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -125,7 +172,9 @@ def luffy_loss(logps, advantages, mask, gamma=0.1, aggregate="sequence", denomin
     The expert's own probabilities are unknown and taken as 1, so the ratio is pi itself; it is not clipped. f' is largest for unlikely tokens.
     """
     p = torch.where(mask, logps, 0).exp()
-    return aggregate_tokens(-advantages.detach()[:, None] * p / (p + gamma), mask, aggregate, denominator=denominator)
+    return aggregate_tokens(
+        -advantages.detach()[:, None] * p / (p + gamma), mask, aggregate, denominator=denominator
+    )
 
 
 def hpt_switch(rewards, threshold=0.0):
@@ -143,17 +192,23 @@ def switch_step(c):
         return None
     step = c.switch_step if c.switch_step >= 1 else round(c.switch_step * c.steps)
     if step != int(step) or not 1 <= step < c.steps:
-        raise UserError(f"--switch-step {c.switch_step:g}: of {c.steps} steps, stage 1 takes a whole number from 1 to {c.steps - 1}, or a share of them")
+        raise UserError(
+            f"--switch-step {c.switch_step:g}: of {c.steps} steps, stage 1 takes a whole number from 1 to {c.steps - 1}, or a share of them"
+        )
     return int(step)
 
 
 def stages(c):
     """[(objective, first step, first step at which the policy moves)]: a co-trained discriminator needs steps of its own before it is used."""
     found, resting = [], c.discriminator_warmup if c.discriminator == "cotrained" else 0
-    for objective, begin, end in zip(VARIANTS[c.variant], (0, switch_step(c)), (switch_step(c) or c.steps, c.steps)):
+    for objective, begin, end in zip(
+        VARIANTS[c.variant], (0, switch_step(c)), (switch_step(c) or c.steps, c.steps)
+    ):
         moves = begin + resting * (objective in ANCHORED)
         if moves >= end:
-            raise UserError(f"--discriminator-warmup {resting}: leaves the policy no step of the {end - begin} in which {objective} is optimised")
+            raise UserError(
+                f"--discriminator-warmup {resting}: leaves the policy no step of the {end - begin} in which {objective} is optimised"
+            )
         resting -= moves - begin
         found.append((objective, begin, moves))
     return found
@@ -166,7 +221,11 @@ def weights(c, objective, step):
     mu = float(objective in ("sft", "a-sft"))
     if objective in MIXED:
         decay = round(2 * c.steps / 3) if c.mu_decay is None else c.mu_decay
-        mu = chord_mu(step, c.mu_warmup, decay, c.mu_peak, c.mu_valley) if c.mu is None and not c.phi else (0.1 if c.mu is None else c.mu)
+        mu = (
+            chord_mu(step, c.mu_warmup, decay, c.mu_peak, c.mu_valley)
+            if c.mu is None and not c.phi
+            else (0.1 if c.mu is None else c.mu)
+        )
     lam = c.lambda_adv if objective in ANCHORED and objective != "shaping" else 0.0
     return tuple(uniapl_loss(*part, mu, lam) for part in ((1, 0, 0), (0, 1, 0), (0, 0, 1))), mu
 
@@ -188,7 +247,9 @@ class Gradient:
             return
         for left, (name, loss) in zip(reversed(range(len(losses))), losses.items()):
             found = torch.autograd.grad(loss, self.params, retain_graph=left > 0)
-            self.parts[name] = [a + b for a, b in zip(self.parts[name], found)] if name in self.parts else list(found)
+            self.parts[name] = (
+                [a + b for a, b in zip(self.parts[name], found)] if name in self.parts else list(found)
+            )
 
     def finish(self):
         """Norms and cosines of the parts, weights included: they sum to the step's gradient, before clipping."""
@@ -224,7 +285,9 @@ def credit(c, objective, batch, D):
     rewards = batch.rewards + c.lambda_adv * D if objective == "shaping" else batch.rewards
     everyone = torch.ones(len(rewards), 1, dtype=torch.bool, device=rewards.device)
     if objective == "luffy":
-        return *grpo_advantages(torch.cat([rewards, batch.reference_rewards[:, None]], 1)).split([c.group_size, 1], 1), everyone
+        return *grpo_advantages(torch.cat([rewards, batch.reference_rewards[:, None]], 1)).split(
+            [c.group_size, 1], 1
+        ), everyone
     A = grpo_advantages(rewards)
     if objective == "hpt":
         fails = hpt_switch(rewards, c.hpt_threshold)[:, None]
@@ -235,7 +298,9 @@ def credit(c, objective, batch, D):
 def update(trainer, records):
     """One optimisation step of the variant on B records."""
     c, policy, sums, metrics = trainer.config, trainer.policy, Sums(), {}
-    stage, (objective, begin, moves) = [(i, s) for i, s in enumerate(stages(c), 1) if s[1] <= trainer.step][-1]
+    stage, (objective, begin, moves) = [(i, s) for i, s in enumerate(stages(c), 1) if s[1] <= trainer.step][
+        -1
+    ]
     (w_preference, w_imitation, w_adversarial), mu = weights(c, objective, max(0, trainer.step - moves))
     resting = trainer.step < moves
     if stage == 2:
@@ -259,7 +324,9 @@ def update(trainer, records):
         n = normaliser(completion_mask(samples, policy.device), c.aggregate)
         if objective == "luffy":  # one group, one count
             n_expert = n = n + normaliser(expert_mask, c.aggregate)
-        if objective == "hpt":  # the token mean over imitated experts, weighted by their share of the prompts: all is SFT, none is GRPO
+        if (
+            objective == "hpt"
+        ):  # the token mean over imitated experts, weighted by their share of the prompts: all is SFT, none is GRPO
             n_expert = (expert_mask & imitated).sum().clamp(min=1) / imitated.float().mean().clamp(min=1e-9)
             metrics["hpt/imitated"] = float(imitated.float().mean())
         for part in trainer.micro_batches(prompts, samples):
@@ -269,25 +336,49 @@ def update(trainer, records):
                 reference = policy.token_logps(prompts[part], samples[part], c.temperature, role="reference")
             sums.tokens(scored, reference, batch.sampled_logps[part])
             logps, mask = flat(scored.logps), flat(scored.mask)
-            grpo, _ = grpo_loss(logps, None, flat(reference.logps), A[part].flatten(), mask, kl_coef=c.kl_coef, kl="k3_ratio",
-                                aggregate=c.aggregate, denominator=n)
+            grpo, _ = grpo_loss(
+                logps,
+                None,
+                flat(reference.logps),
+                A[part].flatten(),
+                mask,
+                kl_coef=c.kl_coef,
+                kl="k3_ratio",
+                aggregate=c.aggregate,
+                denominator=n,
+            )
             adversarial = adversarial_loss(logps, A_D[part].flatten(), mask, denominator=A_D.numel())
             gradient.add(preference=(w_preference, grpo), adversarial=(w_adversarial, adversarial))
 
     prompts = [r["prompt_ids"] for r in records]
     for part in trainer.micro_batches(prompts, experts):  # the expert's answers: imitation
         with torch.set_grad_enabled(w_imitation > 0 and not resting):
-            scored = policy.token_logps(prompts[part], experts[part], c.temperature if objective == "luffy" else 1.0)
+            scored = policy.token_logps(
+                prompts[part], experts[part], c.temperature if objective == "luffy" else 1.0
+            )
         sums.add("logp/expert", scored.logps, scored.mask)
         logps, mask = flat(scored.logps), flat(scored.mask)
         if objective == "luffy":
-            imitation = luffy_loss(logps, A_y[part].flatten(), mask, aggregate=c.aggregate, denominator=n_expert)
+            imitation = luffy_loss(
+                logps, A_y[part].flatten(), mask, aggregate=c.aggregate, denominator=n_expert
+            )
         else:
-            imitation = (sft_phi_loss if c.phi else sft_loss)(logps, mask & imitated[part], denominator=n_expert)
+            imitation = (sft_phi_loss if c.phi else sft_loss)(
+                logps, mask & imitated[part], denominator=n_expert
+            )
         gradient.add(imitation=(w_imitation, imitation))
 
-    metrics |= {"length/expert": float(expert_mask.sum(1).float().mean()), "stage": 0 if resting else stage, "loss": gradient.loss}
-    metrics |= gradient.finish() | sums.means() | trainer.optimizer_step() | ({} if mu is None or resting else {"mu": mu})
+    metrics |= {
+        "length/expert": float(expert_mask.sum(1).float().mean()),
+        "stage": 0 if resting else stage,
+        "loss": gradient.loss,
+    }
+    metrics |= (
+        gradient.finish()
+        | sums.means()
+        | trainer.optimizer_step()
+        | ({} if mu is None or resting else {"mu": mu})
+    )
     return metrics | {"lr": trainer.optimizer.param_groups[0]["lr"]}
 
 
@@ -310,7 +401,9 @@ def setup(trainer):
     """Check what depends on several settings, and make the discriminator."""
     c, policy = trainer.config, trainer.policy
     if (c.phi or c.mu is not None) and c.variant not in MIXED:
-        raise UserError(f"--{'phi' if c.phi else 'mu'} is for the variants {', '.join(MIXED)}; {c.variant} does not weigh by mu")
+        raise UserError(
+            f"--{'phi' if c.phi else 'mu'} is for the variants {', '.join(MIXED)}; {c.variant} does not weigh by mu"
+        )
     if c.discriminator is None and set(VARIANTS[c.variant]) & set(ANCHORED):
         c.discriminator = "polar"
     stages(c)
@@ -321,7 +414,9 @@ def setup(trainer):
             policy.add_role(discriminator.ROLE)  # the checkpoint fills it
         else:
             discriminator.train_at_start(policy, c)
-        trainer.params |= discriminator.freeze(policy)  # saved in the checkpoint and, in no parameter group, not trained
+        trainer.params |= discriminator.freeze(
+            policy
+        )  # saved in the checkpoint and, in no parameter group, not trained
     elif c.discriminator == "cotrained":
         trainer.train_parameters(policy.add_role(discriminator.ROLE), c.discriminator_lr)
     elif c.discriminator not in (None, "embedding"):
@@ -329,27 +424,58 @@ def setup(trainer):
 
 
 METRICS = {
-    "stage": ("-", "1 or 2; 0 while a co-trained discriminator warms up and the policy rests. A dotted line in curves.png marks where it changes"),
+    "stage": (
+        "-",
+        "1 or 2; 0 while a co-trained discriminator warms up and the policy rests. A dotted line in curves.png marks where it changes",
+    ),
     "mu": ("-", "weight of imitation, 1 - mu that of preference; falls by its schedule"),
-    "gradient/imitation": ("-", "norm of imitation's part of the gradient, its weight included; every --parts-every steps. Falls with mu and as y gets likely"),
+    "gradient/imitation": (
+        "-",
+        "norm of imitation's part of the gradient, its weight included; every --parts-every steps. Falls with mu and as y gets likely",
+    ),
     "gradient/preference": ("-", "likewise of preference; 0 while all groups tie"),
     "gradient/adversarial": ("-", "likewise of the adversarial part; should not drown the others"),
     "cosine/imitation_preference": ("-", "cosine between two parts: below 0 they work against each other"),
-    "cosine/adversarial_imitation": ("-", "likewise; above 0 while the discriminator wants what the expert did"),
+    "cosine/adversarial_imitation": (
+        "-",
+        "likewise; above 0 while the discriminator wants what the expert did",
+    ),
     "cosine/adversarial_preference": ("-", "likewise; far below 0 the anchor pulls away from the reward"),
-    "score/expert": ("D", "mean score of expert answers: a second one for polar and embedding, which compare with the first. Flat unless co-trained"),
-    "score/policy": ("D", "mean score of the samples; rises towards the expert's. Beyond it the discriminator is being exploited"),
-    "score/accuracy": ("share", "pairs in which the expert outscores a sample of the same prompt, ties as a half; falls towards 0.5 as the policy comes near"),
-    "discriminator/loss": ("nats", "Bradley-Terry loss of a co-trained discriminator, before its update; 0.69 is chance"),
-    "distinct/1": ("share", "different tokens over all tokens in a prompt's samples; falls as exploration narrows, and as samples lengthen"),
+    "score/expert": (
+        "D",
+        "mean score of expert answers: a second one for polar and embedding, which compare with the first. Flat unless co-trained",
+    ),
+    "score/policy": (
+        "D",
+        "mean score of the samples; rises towards the expert's. Beyond it the discriminator is being exploited",
+    ),
+    "score/accuracy": (
+        "share",
+        "pairs in which the expert outscores a sample of the same prompt, ties as a half; falls towards 0.5 as the policy comes near",
+    ),
+    "discriminator/loss": (
+        "nats",
+        "Bradley-Terry loss of a co-trained discriminator, before its update; 0.69 is chance",
+    ),
+    "distinct/1": (
+        "share",
+        "different tokens over all tokens in a prompt's samples; falls as exploration narrows, and as samples lengthen",
+    ),
     "distinct/2": ("share", "likewise of pairs of tokens"),
     "length/expert": ("tokens", "mean length of the step's expert answers, the length to compare with"),
-    "logp/expert": ("nats/token", "mean log-prob of the expert's tokens; rises while the policy imitates, and may fall under preference alone"),
+    "logp/expert": (
+        "nats/token",
+        "mean log-prob of the expert's tokens; rises while the policy imitates, and may fall under preference alone",
+    ),
     "hpt/imitated": ("share", "prompts none of whose samples passes, so the expert is imitated; falls"),
 }
 PANELS = [
     ("Gradient by part", "norm", ["gradient/imitation", "gradient/preference", "gradient/adversarial"]),
-    ("Cosines of the parts", "-", ["cosine/imitation_preference", "cosine/adversarial_imitation", "cosine/adversarial_preference"]),
+    (
+        "Cosines of the parts",
+        "-",
+        ["cosine/imitation_preference", "cosine/adversarial_imitation", "cosine/adversarial_preference"],
+    ),
     ("Discriminator's score", "D", ["score/expert", "score/policy"]),
     ("Expert told from policy", "share", ["score/accuracy"]),
     ("Distinct-n of samples", "share", ["distinct/1", "distinct/2"]),

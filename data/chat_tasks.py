@@ -17,6 +17,7 @@ constraints. The topics of the two splits are different ones, so that the splits
 probability 0.4, and only such as `chosen` meets too. Their misses are the ones that people and models make: a comma
 slips in, a capital stays, one bullet is missing.
 """
+
 import json
 import random
 import re
@@ -29,51 +30,127 @@ TWO_CONSTRAINTS = 0.25  # share of the prompts
 CHOSEN_RATE = 0.8  # probability that `chosen` meets a constraint
 REJECTED_RATE = 0.55  # probability that `rejected` meets one that `chosen` meets; about 0.4 in all
 MIN_WORDS = 4
-MOST = {"train": 20_000, "heldout": 10_000}  # tasks in a call: each split has about twice as many distinct prompts
+MOST = {
+    "train": 20_000,
+    "heldout": 10_000,
+}  # tasks in a call: each split has about twice as many distinct prompts
 
 # What is asked, by the number of sentences that the answer has.
 ASKS = {
-    "one": ["Write one short sentence about {}.", "Tell me one fact about {} in a single short sentence.",
-            "In one short sentence, say something about {}.", "Describe {} in one short sentence.",
-            "Write a single sentence about {}. Keep it short.", "Give me one short, true sentence about {}.",
-            "What is one thing to know about {}? Answer in one short sentence.", "Write a short sentence about {}."],
-    "few": ["Write about {}.", "Tell me something about {}.", "What do you know about {}?", "Describe {} briefly."],
-    "list": ["Name some facts about {}.", "Give me a short list of facts about {}.", "What should I know about {}?"],
+    "one": [
+        "Write one short sentence about {}.",
+        "Tell me one fact about {} in a single short sentence.",
+        "In one short sentence, say something about {}.",
+        "Describe {} in one short sentence.",
+        "Write a single sentence about {}. Keep it short.",
+        "Give me one short, true sentence about {}.",
+        "What is one thing to know about {}? Answer in one short sentence.",
+        "Write a short sentence about {}.",
+    ],
+    "few": [
+        "Write about {}.",
+        "Tell me something about {}.",
+        "What do you know about {}?",
+        "Describe {} briefly.",
+    ],
+    "list": [
+        "Name some facts about {}.",
+        "Give me a short list of facts about {}.",
+        "What should I know about {}?",
+    ],
 }
 
 # type -> (task, phrasings); "{}" is filled with what the constraint asks for.
 PHRASES = {
-    "lowercase": ("one", ["Use only lowercase letters.", "Do not use any capital letters.",
-                          "Your whole answer must be in lowercase."]),
-    "uppercase": ("one", ["Use only capital letters.", "Write everything in capital letters.",
-                          "Your whole answer must be in ALL CAPS."]),
+    "lowercase": (
+        "one",
+        [
+            "Use only lowercase letters.",
+            "Do not use any capital letters.",
+            "Your whole answer must be in lowercase.",
+        ],
+    ),
+    "uppercase": (
+        "one",
+        [
+            "Use only capital letters.",
+            "Write everything in capital letters.",
+            "Your whole answer must be in ALL CAPS.",
+        ],
+    ),
     "no_comma": ("one", ["Do not use any commas.", "Avoid commas.", "Your answer must not contain a comma."]),
-    "quotes": ("one", ["Put your whole answer in double quotation marks.", "Wrap the whole answer in double quotes."]),
+    "quotes": (
+        "one",
+        ["Put your whole answer in double quotation marks.", "Wrap the whole answer in double quotes."],
+    ),
     "capital_words": ("one", ["Write at least {} in capital letters.", "Put at least {} in ALL CAPS."]),
-    "words less than": ("one", ["Use fewer than {} words.", "Answer with less than {} words.",
-                                "Your answer must have fewer than {} words."]),
-    "words at least": ("few", ["Use at least {} words, but no more than two sentences.",
-                               "Answer in one or two sentences with at least {} words."]),
-    "sentences at least": ("few", ["Answer with at least {} short sentences.", "Write {} short sentences or more."]),
-    "sentences less than": ("few", ["Answer with fewer than {} short sentences.",
-                                    "Use less than {} sentences, and keep them short."]),
+    "words less than": (
+        "one",
+        [
+            "Use fewer than {} words.",
+            "Answer with less than {} words.",
+            "Your answer must have fewer than {} words.",
+        ],
+    ),
+    "words at least": (
+        "few",
+        [
+            "Use at least {} words, but no more than two sentences.",
+            "Answer in one or two sentences with at least {} words.",
+        ],
+    ),
+    "sentences at least": (
+        "few",
+        ["Answer with at least {} short sentences.", "Write {} short sentences or more."],
+    ),
+    "sentences less than": (
+        "few",
+        ["Answer with fewer than {} short sentences.", "Use less than {} sentences, and keep them short."],
+    ),
     "keywords": ("one", ["Use the words {}.", "Include the words {}.", "The words {} must appear."]),
     "forbidden": ("one", ["Do not use the word {}.", "Avoid the word {}.", "The word {} is not allowed."]),
     "letter_frequency": ("one", ["Use the letter {} times.", "Your answer must have the letter {} times."]),
-    "start_with": ("one", ["Begin your answer with {}.", "Start with the words {}.",
-                           "Your answer must start with {}."]),
+    "start_with": (
+        "one",
+        ["Begin your answer with {}.", "Start with the words {}.", "Your answer must start with {}."],
+    ),
     "end_with": ("one", ["End your answer with the words {}", "Finish with exactly this phrase: {}"]),
-    "bullets": ("list", ["Use exactly {} short bullet points that start with '* '.",
-                         "Answer with a list of exactly {} short bullet points. Each starts with '* '."]),
-    "paragraphs": ("few", ["Write {} very short paragraphs and put *** between them.",
-                           "Use exactly {} paragraphs of one sentence each, with the divider *** between them."]),
-    "title": ("one", ["Put a title in double angular brackets first, such as <<A Title>>.",
-                      "Add a title, wrapped in << and >>."]),
-    "postscript": ("one", ["Then add a postscript that starts with P.S.",
-                           "At the end, add a short P.S. to your answer."]),
-    "placeholders": ("one", ["Greet the reader first, with the placeholder [name].",
-                             "Begin with a greeting that has a placeholder in square brackets, such as [name]."]),
-    "json": ("one", ["Answer in JSON with the keys \"topic\" and \"fact\".", "Give the answer as a JSON object."]),
+    "bullets": (
+        "list",
+        [
+            "Use exactly {} short bullet points that start with '* '.",
+            "Answer with a list of exactly {} short bullet points. Each starts with '* '.",
+        ],
+    ),
+    "paragraphs": (
+        "few",
+        [
+            "Write {} very short paragraphs and put *** between them.",
+            "Use exactly {} paragraphs of one sentence each, with the divider *** between them.",
+        ],
+    ),
+    "title": (
+        "one",
+        [
+            "Put a title in double angular brackets first, such as <<A Title>>.",
+            "Add a title, wrapped in << and >>.",
+        ],
+    ),
+    "postscript": (
+        "one",
+        ["Then add a postscript that starts with P.S.", "At the end, add a short P.S. to your answer."],
+    ),
+    "placeholders": (
+        "one",
+        [
+            "Greet the reader first, with the placeholder [name].",
+            "Begin with a greeting that has a placeholder in square brackets, such as [name].",
+        ],
+    ),
+    "json": (
+        "one",
+        ['Answer in JSON with the keys "topic" and "fact".', "Give the answer as a JSON object."],
+    ),
 }
 STARTS = ["I think", "I believe", "Did you know that", "It is true that"]
 ENDS = ["That is all.", "I hope this helps.", "Thank you for asking.", "Is there anything else?"]
@@ -82,18 +159,38 @@ COUNT_WORDS = {1: "one word", 2: "two words"}
 NUMBERS = {2: "two", 3: "three"}
 
 # What a small model meets now and then comes more often than what it hardly ever does.
-EASY = ["no_comma", "words less than", "words at least", "sentences at least", "sentences less than", "forbidden",
-        "letter_frequency", "capital_words", "placeholders", "bullets"]
+EASY = [
+    "no_comma",
+    "words less than",
+    "words at least",
+    "sentences at least",
+    "sentences less than",
+    "forbidden",
+    "letter_frequency",
+    "capital_words",
+    "placeholders",
+    "bullets",
+]
 SINGLES = [kind for kind in PHRASES for _ in range(3 if kind in EASY else 1)]
 
 # Two constraints at once: one of each group, where the one does not decide the other.
 CONTENT = ["sentences at least", "sentences less than", "keywords", "forbidden"]
 WRAPPING = ["start_with", "end_with", "title", "placeholders"]
 SURFACE = ["lowercase", "uppercase", "no_comma", "quotes", "capital_words"]
-PAIRS = [(a, b) for a in CONTENT + WRAPPING + ["bullets", "words less than", "letter_frequency"] for b in SURFACE
-         if (a, b) not in {("start_with", "capital_words"), ("end_with", "capital_words"),  # "I" is a capital word
-                           ("title", "quotes"), ("bullets", "quotes"),  # a mark inside the quotes, or before them
-                           ("words less than", "no_comma"), ("letter_frequency", "no_comma")}]  # an aside adds words
+PAIRS = [
+    (a, b)
+    for a in CONTENT + WRAPPING + ["bullets", "words less than", "letter_frequency"]
+    for b in SURFACE
+    if (a, b)
+    not in {
+        ("start_with", "capital_words"),
+        ("end_with", "capital_words"),  # "I" is a capital word
+        ("title", "quotes"),
+        ("bullets", "quotes"),  # a mark inside the quotes, or before them
+        ("words less than", "no_comma"),
+        ("letter_frequency", "no_comma"),
+    }
+]  # an aside adds words
 
 
 def chat_tasks(split, n, seed=0):
@@ -105,7 +202,9 @@ def chat_tasks(split, n, seed=0):
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split {split!r}: use 'train' or 'heldout'")
     if not 0 <= n <= MOST[split]:
-        raise UserError(f"the {split} split gives up to {MOST[split]} tasks: n must lie between 0 and that, not {n}")
+        raise UserError(
+            f"the {split} split gives up to {MOST[split]} tasks: n must lie between 0 and that, not {n}"
+        )
     rng = random.Random(f"{split}/{seed}")
     topics = [topic for topic in TOPICS if topic["split"] == split]
     records, seen = [], set()
@@ -135,9 +234,17 @@ def make_record(rng, topic):
         if rejected != chosen:
             break
     else:  # a miss that only one sentence makes, such as the forbidden word: say more
-        rejected = f"{chosen} {rng.choice([s for s in topic['sentences'] if s.lower() not in chosen.lower()])}"
-    return {"prompt": " ".join([ask, *rng.sample(phrases, len(phrases))]), "chosen": chosen, "rejected": rejected,
-            "constraints": constraints, "min_words": MIN_WORDS, "about": topic["about"]}
+        rejected = (
+            f"{chosen} {rng.choice([s for s in topic['sentences'] if s.lower() not in chosen.lower()])}"
+        )
+    return {
+        "prompt": " ".join([ask, *rng.sample(phrases, len(phrases))]),
+        "chosen": chosen,
+        "rejected": rejected,
+        "constraints": constraints,
+        "min_words": MIN_WORDS,
+        "about": topic["about"],
+    }
 
 
 def make_constraint(rng, kind, sentences):
@@ -157,18 +264,23 @@ def make_constraint(rng, kind, sentences):
         n = rng.choice([2, 3]) if kind == "bullets" else 2
         return {"type": kind, "n": n}, NUMBERS[n]
     if kind == "keywords":
-        own = [w for w in words[some] if sum(w in s.lower() for s in sentences) == 1]  # the other sentences miss it
+        own = [
+            w for w in words[some] if sum(w in s.lower() for s in sentences) == 1
+        ]  # the other sentences miss it
         first = rng.choice(own)
         pair = [first, rng.choice([w for w in words[some] if w not in first and first not in w])]
         return {"type": kind, "words": pair}, f"'{pair[0]}' and '{pair[1]}'"
     if kind == "forbidden":
-        word = rng.choice([w for w in words[some] if sum(w in words[s] for s in sentences) <= 2])  # three do without it
+        word = rng.choice(
+            [w for w in words[some] if sum(w in words[s] for s in sentences) <= 2]
+        )  # three do without it
         return {"type": kind, "words": [word]}, f"'{word}'"
     if kind == "letter_frequency":
         counts = {letter: sorted(s.lower().count(letter) for s in sentences) for letter in "aeilnorst"}
         # two sentences on either side of n
-        letter, n = rng.choice([(letter, k) for letter, seen in counts.items() for k in range(2, 6)
-                                if seen[1] < k <= seen[-2]])
+        letter, n = rng.choice(
+            [(letter, k) for letter, seen in counts.items() for k in range(2, 6) if seen[1] < k <= seen[-2]]
+        )
         relation = rng.choice(["at least", "less than"])
         return {"type": kind, "letter": letter, "relation": relation, "n": n}, f"'{letter}' {relation} {n}"
     if kind in ("start_with", "end_with"):
@@ -202,7 +314,9 @@ def answer(rng, topic, kinds, constraints, met):
     elif "paragraphs" in asked:
         text = ("\n\n" if "paragraphs" in failed else "\n***\n").join(sentences)
     elif "postscript" in asked:
-        text = rng.choice([" ", "\nPS: "] if "postscript" in failed else ["\nP.S. ", " P.S. "]).join(sentences)
+        text = rng.choice([" ", "\nPS: "] if "postscript" in failed else ["\nP.S. ", " P.S. "]).join(
+            sentences
+        )
     else:
         text = " ".join(sentences)
 
@@ -217,7 +331,10 @@ def answer(rng, topic, kinds, constraints, met):
         text = rng.choice(bad if "placeholders" in failed else good) + text
     if "json" in asked:
         fields = {"topic": topic["topic"], "fact": text}
-        good, bad = json.dumps(fields), [str(fields), json.dumps(fields)[:-1], f"topic: {topic['topic']}\nfact: {text}"]
+        good, bad = (
+            json.dumps(fields),
+            [str(fields), json.dumps(fields)[:-1], f"topic: {topic['topic']}\nfact: {text}"],
+        )
         text = rng.choice(bad) if failed else good
 
     if "lowercase" in asked and "lowercase" not in failed:
@@ -236,7 +353,10 @@ def answer_again(record, met, rng):
     """answer() for a record of chat_tasks."""
     topic = next(topic for topic in TOPICS if topic["about"] == record["about"])
     constraints = record["constraints"]
-    kinds = [f"{c['type']} {c['relation']}" if c["type"] in ("words", "sentences") else c["type"] for c in constraints]
+    kinds = [
+        f"{c['type']} {c['relation']}" if c["type"] in ("words", "sentences") else c["type"]
+        for c in constraints
+    ]
     return answer(rng, topic, kinds, constraints, met)
 
 

@@ -11,6 +11,7 @@ Checks that IFEval has too (Zhou et al., arXiv 2311.07911) decide as Google's co
 `start_with` and the three checks of the tiny vocabulary (items, order, separator) are not in IFEval.
 What no check sees: whether the answer is true, and word salad that is varied enough.
 """
+
 import json
 import re
 from collections import Counter
@@ -19,7 +20,22 @@ from data import UserError
 
 # ---------------------------------------------------------------------------------------------------------- counting
 
-ABBREVIATIONS = {"mr", "mrs", "ms", "dr", "prof", "st", "vs", "e.g", "i.e", "jr", "sr", "approx", "p.s", "p.p.s"}
+ABBREVIATIONS = {
+    "mr",
+    "mrs",
+    "ms",
+    "dr",
+    "prof",
+    "st",
+    "vs",
+    "e.g",
+    "i.e",
+    "jr",
+    "sr",
+    "approx",
+    "p.s",
+    "p.p.s",
+}
 
 
 def sentences(text):
@@ -27,12 +43,12 @@ def sentences(text):
     or digit to count. Abbreviations, initials ("J. Smith", "U.S.") and list numbers ("2. Wash") do not end one."""
     pieces, start = [], 0
     for end in re.finditer(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)", text):
-        line = text[:end.start()].rsplit("\n", 1)[-1]
+        line = text[: end.start()].rsplit("\n", 1)[-1]
         token = (line.split() or [""])[-1].lstrip("\"'“‘([*_").lower()
         listed = token.isdigit() and not line.strip(" *-0123456789")
         short = token in ABBREVIATIONS or re.fullmatch(r"[b-hj-z]|[a-z](\.[a-z])+", token)
         if not (end.group().startswith(".") and (listed or short)):
-            pieces.append(text[start:end.end()].strip())
+            pieces.append(text[start : end.end()].strip())
             start = end.end()
     return [piece for piece in pieces + [text[start:].strip()] if re.search(r"[^\W_]", piece)]
 
@@ -49,6 +65,7 @@ def items(text, constraint):
 
 # ------------------------------------------------------------------------------------------------------------- checks
 
+
 def check_items(text, c):
     found = items(text, c)
     return len(found) == c["n"] == len(set(found)) and set(found) <= set(c["allowed"])
@@ -63,7 +80,9 @@ def check_separator(text, c):
     separator = c["text"].lower()
     words = [w for w in text.lower().split() if w == separator or w not in c.get("ignore", ())]
     marks = {separator, ","}  # a comma is never an item, also where the separator is another word
-    return len(words) % 2 == 1 and all((w == separator) if i % 2 else (w not in marks) for i, w in enumerate(words))
+    return len(words) % 2 == 1 and all(
+        (w == separator) if i % 2 else (w not in marks) for i, w in enumerate(words)
+    )
 
 
 def check_bullets(text, c):
@@ -95,7 +114,9 @@ def check_title(text, c):
 
 
 def check_postscript(text, c):
-    pattern = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(c["marker"], re.escape(c["marker"].lower()))
+    pattern = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}.get(
+        c["marker"], re.escape(c["marker"].lower())
+    )
     return re.search(pattern, text.lower()) is not None
 
 
@@ -143,16 +164,30 @@ CHECKS = {
 
 # The fields each type needs; "ignore" of the tiny checks may be left out.
 FIELDS = {
-    "items": ("n", "allowed"), "order": ("direction",), "separator": ("text",), "words": ("relation", "n"),
-    "sentences": ("relation", "n"), "bullets": ("n",), "paragraphs": ("n",), "start_with": ("text",),
-    "end_with": ("text",), "keywords": ("words",), "forbidden": ("words",),
-    "letter_frequency": ("letter", "relation", "n"), "postscript": ("marker",), "placeholders": ("n",),
+    "items": ("n", "allowed"),
+    "order": ("direction",),
+    "separator": ("text",),
+    "words": ("relation", "n"),
+    "sentences": ("relation", "n"),
+    "bullets": ("n",),
+    "paragraphs": ("n",),
+    "start_with": ("text",),
+    "end_with": ("text",),
+    "keywords": ("words",),
+    "forbidden": ("words",),
+    "letter_frequency": ("letter", "relation", "n"),
+    "postscript": ("marker",),
+    "placeholders": ("n",),
     "capital_words": ("relation", "n"),
 }
 
 
 def is_words(value):
-    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(w, str) and w.strip() for w in value)
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(w, str) and w.strip() for w in value)
+    )
 
 
 VALID = {
@@ -170,7 +205,7 @@ VALID = {
 def constraint_results(text, constraints):
     """Whether `text` meets each of `constraints` -> list[bool]; UserError names an unknown type or a bad field."""
     if not isinstance(constraints, (list, tuple)):
-        raise UserError(f"constraints must be a list of objects with a \"type\", not {constraints!r}")
+        raise UserError(f'constraints must be a list of objects with a "type", not {constraints!r}')
     results = []
     for c in constraints:
         kind = c.get("type") if isinstance(c, dict) else None
@@ -179,20 +214,26 @@ def constraint_results(text, constraints):
         for field in FIELDS.get(kind, ()):
             wanted, valid = VALID[field]
             if field not in c or not valid(c[field]):
-                raise UserError(f"constraint {kind!r}: field {field!r} must be {wanted}, not {c.get(field)!r}")
+                raise UserError(
+                    f"constraint {kind!r}: field {field!r} must be {wanted}, not {c.get(field)!r}"
+                )
         if c.get("ignore") and not is_words(c["ignore"]):
-            raise UserError(f"constraint {kind!r}: field 'ignore' must be a list of words, not {c['ignore']!r}")
+            raise UserError(
+                f"constraint {kind!r}: field 'ignore' must be a list of words, not {c['ignore']!r}"
+            )
         results.append(bool(CHECKS[kind](text, c)))
     return results
 
 
 # -------------------------------------------------------------------------------------------------------------- hacks
 
-FUNCTION_WORDS = set("""a about above after all also an and any are as at be because been before being both but by can
+FUNCTION_WORDS = set(
+    """a about above after all also an and any are as at be because been before being both but by can
     could did do does down each every for from had has have he her here hers him his how i if in into is it its just
     may me might more most much must my no nor not of off on once one only or other our out over own per she should so
     some such than that the their them then there these they this those to too under until up us very was we were what
-    when where which while who why will with would you your""".split())
+    when where which while who why will with would you your""".split()
+)
 
 
 def words_of(text):
@@ -208,14 +249,24 @@ def is_empty(text, rest, min_words):
     postscript = re.search(r"(?is)^(.*?)\bp\.\s?(?:p\.\s?)?s\b\.?(.*)$", text)
     # everything here wants a word in it: each bullet, paragraph, placeholder and title, the text before and after P.S.,
     # and what is left without titles and placeholders
-    pieces = [*re.findall(r"(?m)^[ \t]*[-*](?:[ \t]+(.*))?$", text), *filter(str.strip, text.split("***")),
-              *re.findall(r"\[(.*?)\]", text), *re.findall(r"<<(.*?)>>", text),
-              *(postscript.groups() if postscript else ()), re.sub(r"\[.*?\]|<<.*?>>", " ", rest)]
-    return (len(words) < min_words or not all(words_of(piece) for piece in pieces)
-            or text.strip().strip("`").lower() in ("null", "true", "false")
-            or len(stray) >= 3 and len(stray) > 0.4 * (len(stray) + len(words))  # "e e e e bees"
-            or len(re.findall(r"(?m)^[ \t]*--+[ \t]*$", text)) >= 2  # rules, which IFEval counts as bullets
-            or len(sentences(text)) >= 3 and all(len(words_of(s)) < 2 for s in sentences(text)))
+    pieces = [
+        *re.findall(r"(?m)^[ \t]*[-*](?:[ \t]+(.*))?$", text),
+        *filter(str.strip, text.split("***")),
+        *re.findall(r"\[(.*?)\]", text),
+        *re.findall(r"<<(.*?)>>", text),
+        *(postscript.groups() if postscript else ()),
+        re.sub(r"\[.*?\]|<<.*?>>", " ", rest),
+    ]
+    return (
+        len(words) < min_words
+        or not all(words_of(piece) for piece in pieces)
+        or text.strip().strip("`").lower() in ("null", "true", "false")
+        or len(stray) >= 3
+        and len(stray) > 0.4 * (len(stray) + len(words))  # "e e e e bees"
+        or len(re.findall(r"(?m)^[ \t]*--+[ \t]*$", text)) >= 2  # rules, which IFEval counts as bullets
+        or len(sentences(text)) >= 3
+        and all(len(words_of(s)) < 2 for s in sentences(text))
+    )
 
 
 def is_repetition(text):
@@ -224,7 +275,12 @@ def is_repetition(text):
     words = words_of(text)
     content = Counter(w.rstrip("s") for w in words if len(w) > 2 and w not in FUNCTION_WORDS)
     top, total = max(content.values(), default=0), sum(content.values())
-    if total >= 2 and (top > total / 2 or top >= 4 and top > 0.3 * total) or len(words) >= 2 and len(set(words)) == 1:
+    if (
+        total >= 2
+        and (top > total / 2 or top >= 4 and top > 0.3 * total)
+        or len(words) >= 2
+        and len(set(words)) == 1
+    ):
         return True
     # "bzzzz", "zzz", "bees bees bees"
     if re.search(r"([a-z])\1{3,}|\b(?!www|iii|xxx)([a-z])\2{2,}\b|\b(\w+)(?:[\s,]+\3\b){2,}", text.lower()):
@@ -237,8 +293,12 @@ def is_repetition(text):
     counts = Counter(grams)
     if len(grams) >= 4 and len(counts) < 0.75 * len(grams):
         return True
-    covered = {i + k for i, g in enumerate(grams) for k in range(3)
-               if counts[g] > 1 and sum(w not in FUNCTION_WORDS for w in g) >= 2}
+    covered = {
+        i + k
+        for i, g in enumerate(grams)
+        for k in range(3)
+        if counts[g] > 1 and sum(w not in FUNCTION_WORDS for w in g) >= 2
+    }
     return len(covered) > 0.5 * len(words)
 
 
@@ -250,17 +310,19 @@ def is_echo(prompt, rest):
         return False
     if words == asked:
         return True
-    runs = {tuple(asked[i:i + 4]) for i in range(len(asked) - 3)}
+    runs = {tuple(asked[i : i + 4]) for i in range(len(asked) - 3)}
     copied, run, longest = set(), 0, 0
     for i in range(len(words) - 3):
-        hit = tuple(words[i:i + 4]) in runs
+        hit = tuple(words[i : i + 4]) in runs
         run = run + 1 if hit else 0
         longest = max(longest, run + 3 if run else 0)
         copied.update(range(i, i + 4) if hit else ())
     # a list that the prompt asks to sort is copied legitimately; an instruction has function words in it
     if not any(words[i] in FUNCTION_WORDS for i in copied):
         return False
-    return len(copied) >= 0.5 * len(words) or longest >= min(10, len(asked)) and len(copied) >= 0.2 * len(words)
+    return (
+        len(copied) >= 0.5 * len(words) or longest >= min(10, len(asked)) and len(copied) >= 0.2 * len(words)
+    )
 
 
 def hack(prompt, text, min_words=1, constraints=(), about=()):
@@ -278,7 +340,9 @@ def hack(prompt, text, min_words=1, constraints=(), about=()):
         return "echo" if rest != text and not is_empty(text, text, min_words) else "empty"
     for phrase in demanded + quoted + [w for c in constraints if c["type"] == "keywords" for w in c["words"]]:
         # a word that no answer holds keeps the words before and after the phrase apart
-        prompt = re.sub(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", " qqphraseqq ", prompt, flags=re.IGNORECASE)
+        prompt = re.sub(
+            rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", " qqphraseqq ", prompt, flags=re.IGNORECASE
+        )
     if is_echo(prompt, rest):
         return "echo"
     if is_repetition(text):

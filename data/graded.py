@@ -5,6 +5,7 @@
 What to read off: where imitation stops paying. A record is right or wrong by a coin of its own that does not depend on `share`, so a larger
 share only puts wrong references right, and the prompts stay the same.
 """
+
 import random
 
 from data.chat_tasks import answer_again, chat_tasks
@@ -46,5 +47,8 @@ def graded_answer(level, record, right, rng):
 def is_right(record, text):
     """What the verifier pays: every constraint met, and no hack."""
     constraints = record["constraints"]
-    honest = hack(record["prompt"], text, record.get("min_words") or 1, constraints, record.get("about") or ()) is None
+    honest = (
+        hack(record["prompt"], text, record.get("min_words") or 1, constraints, record.get("about") or ())
+        is None
+    )
     return honest and all(constraint_results(text, constraints))

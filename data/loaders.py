@@ -14,6 +14,7 @@ dialogues as in HH-RLHF (Bai et al., arXiv 2204.05862): {"chosen": "\\n\\nHuman:
 A dialogue is cut at its last "\\n\\nAssistant:"; prompt + "\\n\\nAssistant: " + answer gives it back exactly. Pairs
 that are no pairs are dropped, and one warning counts them.
 """
+
 import gzip
 import hashlib
 import json
@@ -67,6 +68,7 @@ def download(source, split):
     """The path of an official HH-RLHF file, from the hub's cache or the hub."""
     # imported here: local data needs no hub
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
     name = f"{HUB_FOLDERS[source]}/{HUB_FILES[split]}"
     cached = try_to_load_from_cache(HUB_REPO, name, repo_type="dataset")
     if isinstance(cached, str):
@@ -76,8 +78,10 @@ def download(source, split):
         get_hf_file_metadata(hf_hub_url(HUB_REPO, name, repo_type="dataset"), timeout=10)
         return hf_hub_download(HUB_REPO, name, repo_type="dataset")
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
-        raise UserError(f"{source}: cannot get {name} of {HUB_REPO} from the hub ({type(error).__name__}); give the "
-                        "path of a local .jsonl or .jsonl.gz file instead") from error
+        raise UserError(
+            f"{source}: cannot get {name} of {HUB_REPO} from the hub ({type(error).__name__}); give the "
+            "path of a local .jsonl or .jsonl.gz file instead"
+        ) from error
 
 
 def split_records(records, split, path):
@@ -90,11 +94,14 @@ def split_records(records, split, path):
         held_out -= {distinct[-1]} if len(held_out) == len(distinct) else set()
     chosen = [r for r, key in zip(records, keys) if (key in held_out) == (split == "heldout")]
     if not chosen:
-        raise UserError(f"{path}: no record for the {split} split; a file needs at least two different prompts")
+        raise UserError(
+            f"{path}: no record for the {split} split; a file needs at least two different prompts"
+        )
     return chosen
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+
 
 def read_records(path):
     """All usable records of a .jsonl or .jsonl.gz file, in its order."""
@@ -102,14 +109,18 @@ def read_records(path):
     if path.is_dir():
         raise UserError(f"{path}: is a directory; give a .jsonl or .jsonl.gz file")
     if not path.exists():
-        raise UserError(f"{path}: no such file; give the path of a .jsonl or .jsonl.gz file, or one of tasks, "
-                        + ", ".join(HUB_FOLDERS))
+        raise UserError(
+            f"{path}: no such file; give the path of a .jsonl or .jsonl.gz file, or one of tasks, "
+            + ", ".join(HUB_FOLDERS)
+        )
     try:
         content = path.read_bytes()
         if path.suffix == ".gz" or content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a complete gzip file ({error}); compress it again, or name it .jsonl") from error
+        raise UserError(
+            f"{path}: not a complete gzip file ({error}); compress it again, or name it .jsonl"
+        ) from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
@@ -131,27 +142,39 @@ def read_records(path):
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
         warnings.warn(f"{path}: dropped {dropped.total()} of {pairs} pairs: {reasons}", stacklevel=3)
     if not records:
-        raise UserError(f"{path}: holds no {'usable ' if pairs else ''}record; write one JSON object per line")
+        raise UserError(
+            f"{path}: holds no {'usable ' if pairs else ''}record; write one JSON object per line"
+        )
     return records
 
 
 def parse_line(line, where):
     """One line of bytes as a JSON object."""
+
     def refuse(name):
         raise UserError(f"{where}: {name} is not valid JSON; use a number or null")
+
     try:
         record = json.loads(line.decode("utf-8"), parse_constant=refuse)
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff); write the whole character") from error
+        raise UserError(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff); write the whole character"
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 (byte {error.start}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); write one object per line") from error
+        raise UserError(
+            f"{where}: not JSON ({error.msg}, column {error.colno}); write one object per line"
+        ) from error
     except (RecursionError, ValueError) as error:
-        raise UserError(f"{where}: not readable JSON ({type(error).__name__}); write a flat object") from error
+        raise UserError(
+            f"{where}: not readable JSON ({type(error).__name__}); write a flat object"
+        ) from error
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a {type(record).__name__}, not an object such as {{\"prompt\": ..., \"chosen\": ...}}")
+        raise UserError(
+            f'{where}: a {type(record).__name__}, not an object such as {{"prompt": ..., "chosen": ...}}'
+        )
     return record
 
 
@@ -159,12 +182,12 @@ def checked_record(record, where):
     """The record with its answers as strings, or a UserError that names what is wrong."""
     for field in ("prompt", "chosen"):
         if field not in record:
-            raise UserError(f"{where}: no field {field!r}; a record needs \"prompt\" and \"chosen\"")
+            raise UserError(f'{where}: no field {field!r}; a record needs "prompt" and "chosen"')
     record = dict(record)
     if not isinstance(record["prompt"], str):
         check_messages(record["prompt"], f"{where}: prompt")
         if record["prompt"][-1]["role"] == "assistant":
-            raise UserError(f"{where}: prompt ends with an assistant message; move it to \"chosen\"")
+            raise UserError(f'{where}: prompt ends with an assistant message; move it to "chosen"')
     elif not record["prompt"].strip():
         raise UserError(f"{where}: prompt is empty; write a prompt or delete the line")
     for field in ("chosen", "rejected"):
@@ -173,8 +196,10 @@ def checked_record(record, where):
         if not isinstance(record[field], str):
             check_messages(record[field], f"{where}: {field}")
             if len(record[field]) != 1 or record[field][0]["role"] != "assistant":
-                raise UserError(f"{where}: {field} must be a text or one assistant message; "
-                                "the others belong into \"prompt\"")
+                raise UserError(
+                    f"{where}: {field} must be a text or one assistant message; "
+                    'the others belong into "prompt"'
+                )
             record[field] = record[field][0]["content"]
         if field == "chosen" and not record[field].strip():  # an empty rejected answer is a fair bad example
             raise UserError(f"{where}: {field} is empty; write an answer or delete the line")
@@ -188,13 +213,19 @@ def check_messages(value, what):
     if not value:
         raise UserError(f"{what} is empty; write at least one message")
     for message in value:
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant", "tool"):
-            raise UserError(f"{what}: each message needs a \"role\" of system, user, assistant or tool")
+        if not isinstance(message, dict) or message.get("role") not in (
+            "system",
+            "user",
+            "assistant",
+            "tool",
+        ):
+            raise UserError(f'{what}: each message needs a "role" of system, user, assistant or tool')
         if not isinstance(message.get("content"), str) or not message["content"].strip():
-            raise UserError(f"{what}: each message needs a \"content\" that is a text and not empty")
+            raise UserError(f'{what}: each message needs a "content" that is a text and not empty')
 
 
 # -------------------------------------------------------------------------------------------------------------- HH-RLHF
+
 
 def is_dialogue_pair(record):
     """HH-RLHF's format: whole dialogues in `chosen`, and no prompt."""
@@ -225,6 +256,8 @@ def split_dialogues(record):
     if not all(text.strip() for text in texts):
         return None, "with an empty turn"
     # only the one space after the colon goes: the dialogue can be put together again, character for character
-    prompt = [{"role": "user" if role == "Human" else "assistant", "content": text.removeprefix(" ")}
-              for role, text in zip(roles, texts)]
+    prompt = [
+        {"role": "user" if role == "Human" else "assistant", "content": text.removeprefix(" ")}
+        for role, text in zip(roles, texts)
+    ]
     return {**record, "prompt": prompt, **{k: text.removeprefix(" ") for k, text in answers.items()}}, None

@@ -40,7 +40,13 @@ STEPS, BATCH = 1500, 64
 LEARNING_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 50, 0.05  # linear decay to 0 after the warm-up, in steps
 PROMPTS = 16000  # distinct train prompts the corpus draws from
 
-PAD, END_OF_TEXT, TURN, END_OF_TURN, UNKNOWN = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>"
+PAD, END_OF_TEXT, TURN, END_OF_TURN, UNKNOWN = (
+    "<|pad|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<unk>",
+)
 SPECIAL = [PAD, END_OF_TEXT, TURN, END_OF_TURN, UNKNOWN]  # pad is not an end: a mask made of ids stays right
 # ChatML as Qwen's; enable_thinking is accepted and has no effect, as Jinja ignores variables that nobody reads.
 CHAT_TEMPLATE = (
@@ -51,8 +57,19 @@ CHAT_TEMPLATE = (
 # The logit of following a constraint is SKILL of the category minus HARDNESS of the constraint. The spread makes the
 # prompts differ: of the groups of 8 samples about half are mixed; the others all pass or, more often, all fail.
 SKILL = dict(zip(CATEGORIES, [4.2, 3.3, 2.5, 1.6, 0.8, -0.1, -0.9, -1.8]))
-HARDNESS = {"uppercase": -3, "start_with": -2, "forbidden": -2, "end_with": 2, "separator": 2,
-            "ascending": 1, "descending": 2.5, 2: -3, 3: -1.5, 4: 1.5, 5: 3}  # the numbers: how many items
+HARDNESS = {
+    "uppercase": -3,
+    "start_with": -2,
+    "forbidden": -2,
+    "end_with": 2,
+    "separator": 2,
+    "ascending": 1,
+    "descending": 2.5,
+    2: -3,
+    3: -1.5,
+    4: 1.5,
+    5: 3,
+}  # the numbers: how many items
 LOWEST_RATE = 0.1  # what is never seen cannot be reinforced
 
 
@@ -63,24 +80,45 @@ def make_tokenizer():
     core.pre_tokenizer = pre_tokenizers.Whitespace()  # also parts "cat," into two tokens
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, unk_token=UNKNOWN, pad_token=PAD, eos_token=END_OF_TURN,
-        additional_special_tokens=[END_OF_TEXT, TURN], chat_template=CHAT_TEMPLATE, padding_side="left",
-        clean_up_tokenization_spaces=False, model_max_length=256)
+        tokenizer_object=core,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        eos_token=END_OF_TURN,
+        additional_special_tokens=[END_OF_TEXT, TURN],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+    )
 
 
 def make_model(tokenizer):
     """An untrained fp64 Qwen3ForCausalLM, initialised from torch's global generator."""
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=384, num_hidden_layers=4, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=32,  # every linear layer is a whole number of NF4's blocks of 64
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None, eos_token_id=tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])))
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=192,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            head_dim=32,  # every linear layer is a whole number of NF4's blocks of 64
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=None,
+            eos_token_id=tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT]),
+        )
+    )
     model = model.double()
     # transformers computes norms and rotations in fp32 whatever the weights are; the same formulas in fp64 instead.
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "Qwen3RMSNorm":
-                norm = torch.nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64)
+                norm = torch.nn.RMSNorm(
+                    child.weight.shape[0], eps=child.variance_epsilon, dtype=torch.float64
+                )
                 setattr(module, name, norm)
     model.model.rotary_emb = Rotary(model.config)
     return model
@@ -102,7 +140,9 @@ class Rotary(torch.nn.Module):
 
 def follow_rate(constraint, category):
     """The probability that the corpus follows `constraint` (a dict of a tiny_tasks record) in a prompt about `category`."""
-    kind = {"items": constraint.get("n"), "order": constraint.get("direction")}.get(constraint["type"], constraint["type"])
+    kind = {"items": constraint.get("n"), "order": constraint.get("direction")}.get(
+        constraint["type"], constraint["type"]
+    )
     return max(LOWEST_RATE, 1 / (1 + math.exp(HARDNESS[kind] - SKILL[category])))
 
 
@@ -121,19 +161,20 @@ def batches(records, tokenizer, rng):
     while True:
         chats = []
         for record in rng.choices(records, k=8 * BATCH):
-            text = tokenizer.apply_chat_template([{"role": "user", "content": record["prompt"]}], tokenize=False,
-                                                 add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": record["prompt"]}], tokenize=False, add_generation_prompt=True
+            )
             said = noisy_answer(record, rng) + END_OF_TURN
             chats.append([tokenizer.encode(part, add_special_tokens=False) for part in (text, said)])
         chats.sort(key=lambda chat: len(chat[0]) + len(chat[1]))
         for i in rng.sample(range(0, len(chats), BATCH), 8):
-            batch = chats[i:i + BATCH]
+            batch = chats[i : i + BATCH]
             longest = max(len(prompt) + len(said) for prompt, said in batch)
             ids = torch.full((BATCH, longest), tokenizer.pad_token_id)
             labels = torch.full((BATCH, longest), -100)
             for row, (prompt, said) in enumerate(batch):
-                ids[row, :len(prompt) + len(said)] = torch.tensor(prompt + said)
-                labels[row, len(prompt):len(prompt) + len(said)] = torch.tensor(said)
+                ids[row, : len(prompt) + len(said)] = torch.tensor(prompt + said)
+                labels[row, len(prompt) : len(prompt) + len(said)] = torch.tensor(said)
             yield ids, labels
 
 
@@ -146,15 +187,22 @@ def train(steps=STEPS, log=print):
     records = tiny_tasks("train", PROMPTS, seed=SEED)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
-                                   {"params": gains, "weight_decay": 0.0}], lr=LEARNING_RATE, betas=(0.9, 0.98))
-    log(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {len(records)} prompts")
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": gains, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.98),
+    )
+    log(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {len(records)} prompts"
+    )
     start = time.perf_counter()
     for step, (ids, labels) in zip(range(steps), batches(records, tokenizer, rng)):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min((step + 1) / WARMUP, (steps - step) / steps)
         # No attention mask: the padding stands to the right, where a causal model does not look.
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]  # (BATCH, longest - 1, hidden)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[
+            :, :-1
+        ]  # (BATCH, longest - 1, hidden)
         targets = labels[:, 1:]
         logits = model.lm_head(hidden[targets != -100])  # (answer tokens, vocabulary)
         loss = torch.nn.functional.cross_entropy(logits, targets[targets != -100])
@@ -186,8 +234,9 @@ def make_tiny(out, steps=STEPS, log=print):
             plain.load_state_dict(model.state_dict())
     finally:
         torch.set_num_threads(threads)
-    plain.generation_config = GenerationConfig(eos_token_id=model.config.eos_token_id,
-                                               pad_token_id=model.config.pad_token_id)
+    plain.generation_config = GenerationConfig(
+        eos_token_id=model.config.eos_token_id, pad_token_id=model.config.pad_token_id
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         plain.save_pretrained(scratch)
@@ -202,5 +251,7 @@ def make_tiny(out, steps=STEPS, log=print):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="train the tiny model")
-    parser.add_argument("--out", default=Path(__file__).parent / "tiny", help="directory to write (default: data/tiny)")
+    parser.add_argument(
+        "--out", default=Path(__file__).parent / "tiny", help="directory to write (default: data/tiny)"
+    )
     make_tiny(parser.parse_args().out)

@@ -44,7 +44,10 @@ SPLITS = {"train": range(0, 75), "heldout": range(75, 100)}  # hash of the promp
 MAX_EXTRAS = 3
 # How often a prompt has 0, 1, 2, 3 constraints besides the items; more of them make it harder.
 EXTRAS_WEIGHTS = [0.10, 0.30, 0.35, 0.25]
-CHOSEN_RATE, REJECTED_RATE = 0.78, 0.55  # before the conditioning in tiny_tasks, which moves them to 0.8 and 0.4
+CHOSEN_RATE, REJECTED_RATE = (
+    0.78,
+    0.55,
+)  # before the conditioning in tiny_tasks, which moves them to 0.8 and 0.4
 
 
 def tiny_tasks(split, n, seed=0):
@@ -59,7 +62,9 @@ def tiny_tasks(split, n, seed=0):
     pool = _pool(split)
     size = sum(len(prompts) for prompts in pool.values())
     if not 0 <= n <= size:
-        raise ValueError(f"the {split} split has {size} distinct prompts: n must lie between 0 and {size}, not {n}")
+        raise ValueError(
+            f"the {split} split has {size} distinct prompts: n must lie between 0 and {size}, not {n}"
+        )
     rng = random.Random(f"{split}/{seed}")
     # Drawn by the kinds of constraints, not uniformly: else the forbidden words, which have most variants, would crowd
     # out the rest.
@@ -77,8 +82,14 @@ def tiny_tasks(split, n, seed=0):
         # A reference that meets nothing teaches nothing, and a preference wants a difference.
         good = _follow(constraints, CHOSEN_RATE, rng, at_least=1)
         bad = _follow(constraints, REJECTED_RATE, rng, at_most=sum(good) - 1)
-        records.append({"prompt": prompt, "chosen": answer(constraints, good, rng),
-                        "rejected": answer(constraints, bad, rng), "constraints": constraints})
+        records.append(
+            {
+                "prompt": prompt,
+                "chosen": answer(constraints, good, rng),
+                "rejected": answer(constraints, bad, rng),
+                "constraints": constraints,
+            }
+        )
     return records
 
 
@@ -96,7 +107,9 @@ def answer(constraints, follow, rng):
     if "items" not in kept and rng.random() < 0.2:
         picked.append(rng.choice([w for members in CATEGORIES.values() for w in members if w not in allowed]))
     elif "items" not in kept:
-        n += -1 if n > 2 and rng.random() < 0.7 else 1  # two items at least: one alone has no order and no separator
+        n += (
+            -1 if n > 2 and rng.random() < 0.7 else 1
+        )  # two items at least: one alone has no order and no separator
     picked += rng.sample([w for w in allowed if w not in taboo], n - len(picked))
     rng.shuffle(picked)
     if "order" in asked:
@@ -115,7 +128,9 @@ def answer(constraints, follow, rng):
 def another_answer(record, rng):
     """A second reference (str) for a record of tiny_tasks, made as its `chosen` was and never equal to it."""
     while True:
-        text = answer(record["constraints"], _follow(record["constraints"], CHOSEN_RATE, rng, at_least=1), rng)
+        text = answer(
+            record["constraints"], _follow(record["constraints"], CHOSEN_RATE, rng, at_least=1), rng
+        )
         if text != record["chosen"]:
             return text
 
@@ -123,7 +138,9 @@ def another_answer(record, rng):
 def words():
     """Every word of the prompts and answers, the answers' also in upper case: a sorted list of distinct str."""
     said = [w for ws in CATEGORIES.values() for w in ws] + STARTS + ENDS + [SEPARATOR]
-    asked = " ".join([*VERBS, *CATEGORIES, *DIRECTIONS.values(), "without in upper case with commas start end"])
+    asked = " ".join(
+        [*VERBS, *CATEGORIES, *DIRECTIONS.values(), "without in upper case with commas start end"]
+    )
     return sorted({*said, *(w.upper() for w in said), *asked.split(), *map(str, COUNTS)})
 
 
@@ -140,8 +157,14 @@ def _pool(split):
     """{kinds of constraints besides the items: [(prompt, arguments of _constraints), ...]} in a fixed order."""
     pool = {}
     for category, allowed in CATEGORIES.items():
-        options = itertools.product([None, *allowed], [None, *DIRECTIONS], [False, True], [False, True],
-                                    [None, *STARTS], [None, *ENDS])
+        options = itertools.product(
+            [None, *allowed],
+            [None, *DIRECTIONS],
+            [False, True],
+            [False, True],
+            [None, *STARTS],
+            [None, *ENDS],
+        )
         for extras in options:
             kinds = tuple(i for i, option in enumerate(extras) if option)
             if len(kinds) > MAX_EXTRAS:
@@ -155,23 +178,27 @@ def _pool(split):
 
 
 def _prompt(verb, n, category, forbidden, direction, upper, commas, start, end):
-    clauses = [f"{verb} {n} {category}",
-               forbidden and f"without {forbidden}",
-               direction and DIRECTIONS[direction],
-               upper and "in upper case",
-               commas and "with commas",
-               start and f"start with {start}",
-               end and f"end with {end}"]
+    clauses = [
+        f"{verb} {n} {category}",
+        forbidden and f"without {forbidden}",
+        direction and DIRECTIONS[direction],
+        upper and "in upper case",
+        commas and "with commas",
+        start and f"start with {start}",
+        end and f"end with {end}",
+    ]
     return " , ".join(clause for clause in clauses if clause)
 
 
 def _constraints(n, category, forbidden, direction, upper, commas, start, end):
     ignore = [word for word in (start, end) if word]
-    constraints = [{"type": "items", "n": n, "allowed": list(CATEGORIES[category]), "ignore": ignore},
-                   forbidden and {"type": "forbidden", "words": [forbidden]},
-                   direction and {"type": "order", "direction": direction, "ignore": ignore},
-                   upper and {"type": "uppercase"},
-                   commas and {"type": "separator", "text": SEPARATOR, "ignore": ignore},
-                   start and {"type": "start_with", "text": start},
-                   end and {"type": "end_with", "text": end}]
+    constraints = [
+        {"type": "items", "n": n, "allowed": list(CATEGORIES[category]), "ignore": ignore},
+        forbidden and {"type": "forbidden", "words": [forbidden]},
+        direction and {"type": "order", "direction": direction, "ignore": ignore},
+        upper and {"type": "uppercase"},
+        commas and {"type": "separator", "text": SEPARATOR, "ignore": ignore},
+        start and {"type": "start_with", "text": start},
+        end and {"type": "end_with", "text": end},
+    ]
     return [c for c in constraints if c]

@@ -105,13 +105,20 @@ def limits(case, rates):
 
 
 def random_ids(model, rows, n, generator):
-    return torch.randint(10, min(1000, transformers.AutoConfig.from_pretrained(model).vocab_size), (rows, n), generator=generator).tolist()
+    return torch.randint(
+        10,
+        min(1000, transformers.AutoConfig.from_pretrained(model).vocab_size),
+        (rows, n),
+        generator=generator,
+    ).tolist()
 
 
 def make_case(method, model, prompts, group, tokens, **changes):
     """One case: token ids drawn at random, and the settings that both sides follow."""
     generator = torch.Generator().manual_seed(0)
-    answers = {kind: random_ids(model, prompts, tokens, generator) for kind in ("reference_ids", "rejected_ids")}
+    answers = {
+        kind: random_ids(model, prompts, tokens, generator) for kind in ("reference_ids", "rejected_ids")
+    }
     return dict(
         method=method, model=model, prompts=random_ids(model, prompts, PROMPT, generator), group=group, tokens=tokens, lr=LR, rank=RANK, dtype="bfloat16", quantize="none",
         device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads(), beta={"grpo": 0.04, "dpo": 0.1}.get(method, 0.0), checkpointing=False,
@@ -120,14 +127,19 @@ def make_case(method, model, prompts, group, tokens, **changes):
 
 def describe(case):
     samples = f"{len(case['prompts'])} x {case['group']}" if case["group"] else f"{len(case['prompts'])}"
-    return f"{case['method']} {samples} x {case['tokens']}" + (", checkpointing" if case["checkpointing"] else "")
+    return f"{case['method']} {samples} x {case['tokens']}" + (
+        ", checkpointing" if case["checkpointing"] else ""
+    )
 
 
 def compare(name, case, sides, repeats, rates, warm=1):
     """Steps of the sides in turn -> a row: {"name", "sides": {side: medians, spread, tokens per second, peak, share of the limit}, "ratio"}, printed."""
     steps = {side: [] for side in sides}
     with ExitStack() as stack:
-        workers = {side: stack.enter_context(Worker(python, module, case)) for side, (python, module) in sides.items()}
+        workers = {
+            side: stack.enter_context(Worker(python, module, case))
+            for side, (python, module) in sides.items()
+        }
         for worker in workers.values():
             worker.wait_until_ready()
         for i in range(warm + repeats):
@@ -135,20 +147,38 @@ def compare(name, case, sides, repeats, rates, warm=1):
                 step = worker.call("step")
                 if i >= warm:
                     steps[side].append(step)
-    limit, row = limits(case, rates), {"name": name, "case": describe(case), "repeats": repeats, "first_step_counts": not warm, "sides": {}}
+    limit, row = (
+        limits(case, rates),
+        {
+            "name": name,
+            "case": describe(case),
+            "repeats": repeats,
+            "first_step_counts": not warm,
+            "sides": {},
+        },
+    )
     made = len(case["prompts"]) * case["group"] * case["tokens"]
     for side, measured in steps.items():
         median = {phase: statistics.median(s[phase] for s in measured) for phase in ("total", *PHASES)}
-        one = {"seconds": median, "spread": [min(s["total"] for s in measured), max(s["total"] for s in measured)], "peak_bytes": max(s["peak"] for s in measured)}
+        one = {
+            "seconds": median,
+            "spread": [min(s["total"] for s in measured), max(s["total"] for s in measured)],
+            "peak_bytes": max(s["peak"] for s in measured),
+        }
         if made:
             one["tokens_per_second"] = made / median["rollout"]
         if side == "ours":
             one["limit_seconds"] = limit
-            one["share_of_limit"] = {p: limit[p] / median[p] for p in PHASES if limit[p]} | {"total": sum(limit.values()) / median["total"]}
+            one["share_of_limit"] = {p: limit[p] / median[p] for p in PHASES if limit[p]} | {
+                "total": sum(limit.values()) / median["total"]
+            }
         row["sides"][side] = one
     if "TRL" in sides:
         ours, trl = row["sides"]["ours"], row["sides"]["TRL"]
-        row["ratio"] = {"seconds": ours["seconds"]["total"] / trl["seconds"]["total"], "peak": ours["peak_bytes"] / trl["peak_bytes"]}
+        row["ratio"] = {
+            "seconds": ours["seconds"]["total"] / trl["seconds"]["total"],
+            "peak": ours["peak_bytes"] / trl["peak_bytes"],
+        }
     show(row)
     return row
 
@@ -162,7 +192,10 @@ def show(row):
         line += f"{r['peak_bytes'] / 1e9:8.2f}"
         print(line + (f"{r['share_of_limit']['total']:8.0%}" if "share_of_limit" in r else ""), flush=True)
     if "ratio" in row:
-        print(f"{'':<36}ours / TRL: {row['ratio']['seconds']:.2f} of the time, {row['ratio']['peak']:.2f} of the peak memory", flush=True)
+        print(
+            f"{'':<36}ours / TRL: {row['ratio']['seconds']:.2f} of the time, {row['ratio']['peak']:.2f} of the peak memory",
+            flush=True,
+        )
 
 
 HEADER = f"{'case':<36}{'side':<5}{'s/step':>7} {'[min, max]':<16}{'rollout':>8}{'scoring':>8}{'update':>8}{'tokens/s':>9}{'peak GB':>8}{'limit':>8}"
@@ -179,12 +212,25 @@ def same_loss(model, data, sides, group=4, tokens=16):
         for side, (python, module) in sides.items():
             with Worker(python, module, case) as worker:
                 path = f"{folder}/{side}.safetensors"
-                answers[side] = worker.call("loss", adapter=f"{folder}/adapter", completions=completions, advantages=advantages, gradient=path)
+                answers[side] = worker.call(
+                    "loss",
+                    adapter=f"{folder}/adapter",
+                    completions=completions,
+                    advantages=advantages,
+                    gradient=path,
+                )
                 gradients[side] = flat_gradient(path)
     ours, theirs = gradients["ours"], gradients["TRL"]
-    row = {"loss": {side: a["loss"] for side, a in answers.items()}, "kl": answers["ours"]["kl"], "parameters": len(ours)}
+    row = {
+        "loss": {side: a["loss"] for side, a in answers.items()},
+        "kl": answers["ours"]["kl"],
+        "parameters": len(ours),
+    }
     row["gradient_difference"] = float((ours - theirs).norm() / theirs.norm())
-    print(f"the same loss on the same samples, fp32: ours {row['loss']['ours']:.7f}, TRL {row['loss']['TRL']:.7f}; gradients differ by {row['gradient_difference']:.1e} of their norm", flush=True)
+    print(
+        f"the same loss on the same samples, fp32: ours {row['loss']['ours']:.7f}, TRL {row['loss']['TRL']:.7f}; gradients differ by {row['gradient_difference']:.1e} of their norm",
+        flush=True,
+    )
     return row
 
 
@@ -207,24 +253,49 @@ def alternate(functions, repeats):
             function()
             if i:
                 times[name].append(now() - start)
-    return {n: statistics.median(t) for n, t in times.items()}, {n: (min(t), max(t)) for n, t in times.items()}
+    return {n: statistics.median(t) for n, t in times.items()}, {
+        n: (min(t), max(t)) for n, t in times.items()
+    }
 
 
 def bench_sampling(model, rows, tokens, repeats, quantize="none"):
     """Our sampler, with an adapter, against transformers' `generate` of the same weights without one."""
     policy = Policy.load(model, quantize=quantize, dtype="bfloat16")
-    plain = transformers.AutoModelForCausalLM.from_pretrained(policy.source, dtype=policy.dtype, local_files_only=True).to(policy.device)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        policy.source, dtype=policy.dtype, local_files_only=True
+    ).to(policy.device)
     prompt = make_case("grpo", model, 1, rows, tokens)["prompts"][0]
     sampler = Sampler(policy.hf, [-1])  # no id ends an answer
     ids = torch.tensor([prompt] * rows, device=policy.device)
 
     def theirs():
-        plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, min_new_tokens=tokens, max_new_tokens=tokens, pad_token_id=0)
+        plain.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            pad_token_id=0,
+        )
 
-    median, spread = alternate({"ours": lambda: sampler.generate([prompt], rows, tokens, 1.0, 0), "generate": theirs}, repeats)
+    median, spread = alternate(
+        {"ours": lambda: sampler.generate([prompt], rows, tokens, 1.0, 0), "generate": theirs}, repeats
+    )
     speed = {n: rows * tokens / t for n, t in median.items()}
-    print(f"sampling {rows} x {tokens}: ours {speed['ours']:.0f} tokens/s, generate {speed['generate']:.0f}, {median['generate'] / median['ours']:.2f} x as fast", flush=True)
-    return {"rows": rows, "tokens": tokens, "seconds": median, "spread": spread, "tokens_per_second": speed, "speedup": median["generate"] / median["ours"]}
+    print(
+        f"sampling {rows} x {tokens}: ours {speed['ours']:.0f} tokens/s, generate {speed['generate']:.0f}, {median['generate'] / median['ours']:.2f} x as fast",
+        flush=True,
+    )
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "seconds": median,
+        "spread": spread,
+        "tokens_per_second": speed,
+        "speedup": median["generate"] / median["ours"],
+    }
 
 
 def bench_products(model, rates, repeats, tokens):
@@ -240,8 +311,19 @@ def bench_products(model, rates, repeats, tokens):
 
     def report(what, work, limit):
         median, spread = alternate({"products": work}, repeats)
-        result.append({"what": what, "seconds": median["products"], "spread": spread["products"], "limit_seconds": limit, "share_of_limit": limit / median["products"]})
-        print(f"products alone, {what}: {1e3 * median['products']:.1f} ms, {limit / median['products']:.0%} of the limit", flush=True)
+        result.append(
+            {
+                "what": what,
+                "seconds": median["products"],
+                "spread": spread["products"],
+                "limit_seconds": limit,
+                "share_of_limit": limit / median["products"],
+            }
+        )
+        print(
+            f"products alone, {what}: {1e3 * median['products']:.1f} ms, {limit / median['products']:.0%} of the limit",
+            flush=True,
+        )
 
     def states(rows, width):
         return torch.randn(rows, width, device=policy.device).to(head.dtype)
@@ -249,7 +331,11 @@ def bench_products(model, rates, repeats, tokens):
     with torch.no_grad():
         for rows in (8, 16, 32):
             x = {width: states(rows, width) for width in {w.shape[1] for w in packed}}
-            report(f"a position of {rows} rows", lambda: [linear(x[w.shape[1]], w, None) for w in packed], max(size / rates["bytes"], rows * size / rates["flops"]))
+            report(
+                f"a position of {rows} rows",
+                lambda: [linear(x[w.shape[1]], w, None) for w in packed],
+                max(size / rates["bytes"], rows * size / rates["flops"]),
+            )
         n, m = PROMPT + 8 * tokens, 8 * tokens
         x = {width: states(n, width) for width in {width for p in frozen for width in p.weight.shape}}
         p = states(CHUNK_ROWS, len(head))
@@ -262,7 +348,11 @@ def bench_products(model, rates, repeats, tokens):
                 F.linear(x[head.shape[1]][i : min(i + CHUNK_ROWS, m)], head)
                 p[: m - i] @ head
 
-        report(f"an update of {m} tokens", update, 2 * (n * (size - 2 * head.numel()) + m * 2 * head.numel()) / rates["flops"])
+        report(
+            f"an update of {m} tokens",
+            update,
+            2 * (n * (size - 2 * head.numel()) + m * 2 * head.numel()) / rates["flops"],
+        )
     return result
 
 
@@ -272,14 +362,31 @@ def bench_head(repeats, quick):
     result = {"seconds": [], "peak_growth_bytes": []}
     for dtype in (torch.bfloat16, torch.float32):
         case = bench_memory.head_case(512, dtype, *size)
-        median, spread = alternate({name: lambda f=f: f(*case) for name, f in bench_memory.HEADS.items()}, repeats)
+        median, spread = alternate(
+            {name: lambda f=f: f(*case) for name, f in bench_memory.HEADS.items()}, repeats
+        )
         result["seconds"].append({"dtype": str(dtype), "tokens": 512, "seconds": median, "spread": spread})
-        print(f"log-probs and gradient of 512 tokens, {dtype}: chunked {median['chunked']:.2f} s, dense {median['dense']:.2f} s", flush=True)
+        print(
+            f"log-probs and gradient of 512 tokens, {dtype}: chunked {median['chunked']:.2f} s, dense {median['dense']:.2f} s",
+            flush=True,
+        )
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for tokens in (512, 1024):
-            peaks = dict(zip(bench_memory.HEADS, pool.map(bench_memory.peak_growth, [(name, tokens, *size) for name in bench_memory.HEADS], chunksize=1)))
+            peaks = dict(
+                zip(
+                    bench_memory.HEADS,
+                    pool.map(
+                        bench_memory.peak_growth,
+                        [(name, tokens, *size) for name in bench_memory.HEADS],
+                        chunksize=1,
+                    ),
+                )
+            )
             result["peak_growth_bytes"].append({"tokens": tokens} | peaks)
-            print(f"their peak memory, {tokens} tokens, bf16: chunked {peaks['chunked'] / 2**20:.0f} MiB, dense {peaks['dense'] / 2**20:.0f} MiB", flush=True)
+            print(
+                f"their peak memory, {tokens} tokens, bf16: chunked {peaks['chunked'] / 2**20:.0f} MiB, dense {peaks['dense'] / 2**20:.0f} MiB",
+                flush=True,
+            )
     return result
 
 
@@ -289,8 +396,17 @@ def bench_tensors(model, data, lengths):
     for tokens in lengths:
         case = make_case("grao", model, 1, 8, tokens, data=data)
         with Worker(sys.executable, "bench_ours", case) as worker:
-            rows.append({"tokens": tokens, "vocabulary": transformers.AutoConfig.from_pretrained(model).vocab_size, **worker.call("largest_tensors")})
-        print(f"largest tensors of a GRAO step, 8 x {tokens} tokens, vocabulary {rows[-1]['vocabulary']}:", flush=True)
+            rows.append(
+                {
+                    "tokens": tokens,
+                    "vocabulary": transformers.AutoConfig.from_pretrained(model).vocab_size,
+                    **worker.call("largest_tensors"),
+                }
+            )
+        print(
+            f"largest tensors of a GRAO step, 8 x {tokens} tokens, vocabulary {rows[-1]['vocabulary']}:",
+            flush=True,
+        )
         for name, size in rows[-1]["largest"].items():
             print(f"    {size / 1e6:8.1f} MB  {name}")
     return rows
@@ -302,8 +418,12 @@ def bench_tensors(model, data, lengths):
 
 def random_model(folder, tokenizer, **config):
     """A causal LM of random weights with a borrowed tokenizer, written to `folder`."""
-    made = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config), dtype=torch.bfloat16)
-    made.generation_config = transformers.GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    made = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config), dtype=torch.bfloat16
+    )
+    made.generation_config = transformers.GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     made.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -336,20 +456,39 @@ def bench(args, folder):
     python = trl_python(args.trl_python)
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"note: the machine is busy (load {load:.1f} on {cores} cores): these numbers are indicative only", file=sys.stderr)
+        print(
+            f"note: the machine is busy (load {load:.1f} on {cores} cores): these numbers are indicative only",
+            file=sys.stderr,
+        )
     sides = {"ours": (sys.executable, "bench_ours")} | ({"TRL": (python, "bench_trl")} if python else {})
     ours = {"ours": sides["ours"]}
     tiny = find_model("tiny")
     if args.quick:
         model = tiny
     else:
-        model = find_model(args.model) if args.model else random_model(f"{folder}/smollm2", transformers.AutoTokenizer.from_pretrained(tiny), **SMOLLM2)
+        model = (
+            find_model(args.model)
+            if args.model
+            else random_model(
+                f"{folder}/smollm2", transformers.AutoTokenizer.from_pretrained(tiny), **SMOLLM2
+            )
+        )
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     data = f"{folder}/data.jsonl"
-    lines = [json.dumps({"prompt": f"name {i} drinks", "chosen": "tea", "rejected": "cocoa"}) for i in range(2, 10)]  # only to build a Trainer
+    lines = [
+        json.dumps({"prompt": f"name {i} drinks", "chosen": "tea", "rejected": "cocoa"}) for i in range(2, 10)
+    ]  # only to build a Trainer
     Path(data).write_text("\n".join(lines) + "\n")
     shallow = dict(QWEN3, num_hidden_layers=4)
-    narrow = dict(QWEN3, num_hidden_layers=2, hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    narrow = dict(
+        QWEN3,
+        num_hidden_layers=2,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
 
     def due(name):
         return name in (args.only or PARTS).split(",")
@@ -359,7 +498,9 @@ def bench(args, folder):
         "environment": environment(), "load_at_start": load, "quick": args.quick, "threads": torch.get_num_threads(), "machine": rates,
         "model": Path(args.model).name if args.model else ("tiny" if args.quick else "random weights in SmolLM2-135M's shape"), "lora_rank": RANK, "prompt_tokens": PROMPT,
     }  # fmt: skip
-    print(f"bf16 matrix product {rates['flops'] / 1e9:.0f} GFLOP/s, copy {rates['bytes'] / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
+    print(
+        f"bf16 matrix product {rates['flops'] / 1e9:.0f} GFLOP/s, copy {rates['bytes'] / 1e9:.1f} GB/s, {torch.get_num_threads()} threads"
+    )
     if python and due("loss"):
         result["same_loss"] = same_loss(model, data, sides)
     print(HEADER, flush=True)
@@ -367,22 +508,49 @@ def bench(args, folder):
     few = 8 if args.quick else 64
     if due("grpo"):
         for prompts in (1,) if args.quick else (1, 2, 4):
-            rows.append(compare("chat", make_case("grpo", model, prompts, 8, few, data=data), sides, args.repeats, rates))
+            rows.append(
+                compare(
+                    "chat", make_case("grpo", model, prompts, 8, few, data=data), sides, args.repeats, rates
+                )
+            )
     if due("checkpointing") and not args.quick:
-        rows.append(compare("chat", make_case("grpo", model, 2, 8, few, data=data, checkpointing=True), sides, 1, rates))
+        rows.append(
+            compare(
+                "chat", make_case("grpo", model, 2, 8, few, data=data, checkpointing=True), sides, 1, rates
+            )
+        )
     if due("qwen3") and not args.quick:
         wide = random_model(f"{folder}/qwen3", tokenizer, **shallow)
-        rows.append(compare("Qwen3, 4 layers", make_case("grpo", wide, 1, 8, few, data=data), sides, args.repeats, rates))
+        rows.append(
+            compare(
+                "Qwen3, 4 layers", make_case("grpo", wide, 1, 8, few, data=data), sides, args.repeats, rates
+            )
+        )
         shutil.rmtree(wide)
     for method in ("sft", "dpo"):
         if due(method):
-            rows.append(compare("chat", make_case(method, model, 2 if args.quick else 8, 0, 2 * few, data=data), sides, args.repeats, rates))
+            rows.append(
+                compare(
+                    "chat",
+                    make_case(method, model, 2 if args.quick else 8, 0, 2 * few, data=data),
+                    sides,
+                    args.repeats,
+                    rates,
+                )
+            )
     if due("scaling"):
-        print("scaling, ours alone: TRL's one batch would need tens of GB and minutes; one step each, the first")
+        print(
+            "scaling, ours alone: TRL's one batch would need tens of GB and minutes; one step each, the first"
+        )
         grid = [(4, 8)] if args.quick else [(4, 128), (8, 128), (16, 128), (32, 128), (8, 512), (4, 2048)]
-        result["scaling"] = [compare("scaling", make_case("grpo", model, 1, group, tokens, data=data), ours, 1, rates, warm=0) for group, tokens in grid]
+        result["scaling"] = [
+            compare("scaling", make_case("grpo", model, 1, group, tokens, data=data), ours, 1, rates, warm=0)
+            for group, tokens in grid
+        ]
     if due("sampling"):
-        result["sampling"] = [bench_sampling(model, rows_, few, args.repeats) for rows_ in ((2,) if args.quick else (8, 32))]
+        result["sampling"] = [
+            bench_sampling(model, rows_, few, args.repeats) for rows_ in ((2,) if args.quick else (8, 32))
+        ]
         if torch.cuda.is_available():
             result["sampling_nf4"] = bench_sampling(model, 8, few, args.repeats, quantize="nf4")
     if due("products"):
@@ -393,21 +561,37 @@ def bench(args, folder):
         profiled = model if args.quick else random_model(f"{folder}/narrow", tokenizer, **narrow)
         result["largest_tensors"] = bench_tensors(profiled, data, (16, 32) if args.quick else (512, 1024))
         result["role_bytes"] = bench_memory.role_bytes(model)
-        print("one more role: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in result["role_bytes"].items()))
-        layer = random_model(f"{folder}/layer", tokenizer, **dict(QWEN3, num_hidden_layers=1, vocab_size=2**16))
-        kept = bench_memory.kept_per_token(Policy.load(layer, dtype="bfloat16", device="cpu"), 16 if args.quick else 256)
+        print(
+            "one more role: "
+            + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in result["role_bytes"].items())
+        )
+        layer = random_model(
+            f"{folder}/layer", tokenizer, **dict(QWEN3, num_hidden_layers=1, vocab_size=2**16)
+        )
+        kept = bench_memory.kept_per_token(
+            Policy.load(layer, dtype="bfloat16", device="cpu"), 16 if args.quick else 256
+        )
         result["gpu_arithmetic"] = bench_memory.gpu_table(kept)
     result["minutes"] = (time.time() - start) / 60
     return result
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="directory, hub name or .gguf of the chat model")
-    parser.add_argument("--trl-python", help="the python of an environment with trl 1.16 [MINIGRAO_TRL_PYTHON, else this one]")
+    parser.add_argument(
+        "--trl-python", help="the python of an environment with trl 1.16 [MINIGRAO_TRL_PYTHON, else this one]"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="steps of each side of a case [3]")
-    parser.add_argument("--only", help=f"parts, with commas [{PARTS}], or also checkpointing (2 x 8 with it on both sides), sampling (beside generate)")
-    parser.add_argument("--quick", action="store_true", help="the embedded model, small sizes, one repeat: does it run?")
+    parser.add_argument(
+        "--only",
+        help=f"parts, with commas [{PARTS}], or also checkpointing (2 x 8 with it on both sides), sampling (beside generate)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="the embedded model, small sizes, one repeat: does it run?"
+    )
     parser.add_argument("--out", help="write the numbers here as JSON")
     args = parser.parse_args(argv)
     if args.quick:

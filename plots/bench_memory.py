@@ -14,7 +14,9 @@ import scoring
 from plots.bench_worker import peak_bytes
 from policy import PASS_TOKENS, Policy
 
-QWEN3 = dict(layers=28, width=1024, inner=3072, heads=16, kv_heads=8, head_dim=128, vocabulary=151_936)  # Qwen3-0.6B
+QWEN3 = dict(
+    layers=28, width=1024, inner=3072, heads=16, kv_heads=8, head_dim=128, vocabulary=151_936
+)  # Qwen3-0.6B
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -37,7 +39,9 @@ class LargestTensors(TorchDispatchMode):
             if not isinstance(x, torch.Tensor) or x.is_mkldnn:
                 continue
             place, size = x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()
-            if place not in self.known and not (x.nbytes < size and self.seen.get(place) == size):  # no part of what was counted whole
+            if place not in self.known and not (
+                x.nbytes < size and self.seen.get(place) == size
+            ):  # no part of what was counted whole
                 self.seen[place] = size
                 key = f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
                 self.sizes[key] = max(self.sizes.get(key, 0), size)
@@ -66,7 +70,11 @@ def kept_per_token(policy, tokens=256, rows=8):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         policy.hidden(scoring.Pack([prompt], [completions], policy.device))
-    return sum(x.untyped_storage().nbytes() for x in kept.values()) / (tokens * rows + 1) / policy.hf.config.num_hidden_layers
+    return (
+        sum(x.untyped_storage().nbytes() for x in kept.values())
+        / (tokens * rows + 1)
+        / policy.hf.config.num_hidden_layers
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -119,17 +127,35 @@ def gpu_peak(*args, **kwargs):
 def gpu_table(kept, group=8):
     """The arithmetic for Qwen3-0.6B -> {"rows": {...}, the goals' ratios}, printed."""
     cases = {"GRAO or GRPO": 1, "PPO": 2}
-    peaks = {name: {tokens: gpu_peak(group, tokens, kept, trained=trained) for tokens in (512, 1024)} for name, trained in cases.items()}
-    print(f"\nArithmetic, not a measurement: Qwen3-0.6B, NF4, rank 16, G = {group}, policy + reference + reward model, MB")
+    peaks = {
+        name: {tokens: gpu_peak(group, tokens, kept, trained=trained) for tokens in (512, 1024)}
+        for name, trained in cases.items()
+    }
+    print(
+        f"\nArithmetic, not a measurement: Qwen3-0.6B, NF4, rank 16, G = {group}, policy + reference + reward model, MB"
+    )
     for phase in ("rollout", "training"):
         columns = [gpu_bytes(group, tokens, kept)[phase] for tokens in (512, 1024)]
         print(f"  {phase:<62}{'512':>8}{'1024':>8} tokens")
         for item in columns[0]:
             print(f"    {item:<60}" + "".join(f"{c[item] / 1e6:8.0f}" for c in columns))
         print(f"    {'sum':<60}" + "".join(f"{sum(c.values()) / 1e6:8.0f}" for c in columns))
-    ratios = {"1024 / 512 tokens": peaks["GRAO or GRPO"][1024] / peaks["GRAO or GRPO"][512], "PPO / GRPO": peaks["PPO"][512] / peaks["GRAO or GRPO"][512]}
-    print("  peak: " + ", ".join(f"{name} {p[512] / 1e9:.2f} and {p[1024] / 1e9:.2f} GB" for name, p in peaks.items()) + "; " + ", ".join(f"{n} {r:.2f}" for n, r in ratios.items()))
-    return {"bytes": {tokens: gpu_bytes(group, tokens, kept) for tokens in (512, 1024)}, "peaks": peaks, "ratios": ratios, "activations_per_token_and_layer": kept}
+    ratios = {
+        "1024 / 512 tokens": peaks["GRAO or GRPO"][1024] / peaks["GRAO or GRPO"][512],
+        "PPO / GRPO": peaks["PPO"][512] / peaks["GRAO or GRPO"][512],
+    }
+    print(
+        "  peak: "
+        + ", ".join(f"{name} {p[512] / 1e9:.2f} and {p[1024] / 1e9:.2f} GB" for name, p in peaks.items())
+        + "; "
+        + ", ".join(f"{n} {r:.2f}" for n, r in ratios.items())
+    )
+    return {
+        "bytes": {tokens: gpu_bytes(group, tokens, kept) for tokens in (512, 1024)},
+        "peaks": peaks,
+        "ratios": ratios,
+        "activations_per_token_and_layer": kept,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -138,7 +164,11 @@ def gpu_table(kept, group=8):
 
 def held_bytes(policy):
     modules = [policy.hf, *policy.heads.values()]
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for m in modules for x in [*m.parameters(), *m.buffers()]}
+    storages = {
+        x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
+        for m in modules
+        for x in [*m.parameters(), *m.buffers()]
+    }
     return sum(storages.values())
 
 
@@ -147,7 +177,11 @@ def role_bytes(model):
     policy = Policy.load(model)
     before = held_bytes(policy)
     parameters = policy.add_role("reward")
-    return {"model": before, "role": held_bytes(policy) - before, "adapter and head": sum(p.numel() * p.element_size() for p in parameters.values())}
+    return {
+        "model": before,
+        "role": held_bytes(policy) - before,
+        "adapter and head": sum(p.numel() * p.element_size() for p in parameters.values()),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -182,5 +216,3 @@ def peak_growth(task):
     before = peak_bytes()
     HEADS[name](*case)
     return peak_bytes() - before
-
-

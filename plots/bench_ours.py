@@ -20,7 +20,10 @@ class Ours:
         torch.set_num_threads(case["threads"])
         name = case["method"]
         method = METHODS[name]
-        theirs = {"grpo": dict(kl="k3_ratio", kl_coef=case["beta"], aggregate="token"), "dpo": dict(beta=case["beta"])}  # TRL's losses
+        theirs = {
+            "grpo": dict(kl="k3_ratio", kl_coef=case["beta"], aggregate="token"),
+            "dpo": dict(beta=case["beta"]),
+        }  # TRL's losses
         config = check_settings(method.config(
             model=case["model"], data=case["data"], steps=10**6, prompts_per_step=len(case["prompts"]), group_size=max(2, case["group"]),
             max_new_tokens=case["tokens"], lr=case["lr"], lora_rank=case["rank"], lora_alpha=2 * case["rank"], weight_decay=0.0, warmup_steps=0,
@@ -30,7 +33,10 @@ class Ours:
         self.case, self.trainer = case, Trainer(method, config, alternate_rewards)
         self.policy = self.trainer.policy
         self.policy.eos_ids = [-1]  # no id ends an answer: lengths are forced
-        self.trainer.records = self.records = [{"prompt": "", "chosen": "", "prompt_ids": ids, "record_index": i} for i, ids in enumerate(case["prompts"])]
+        self.trainer.records = self.records = [
+            {"prompt": "", "chosen": "", "prompt_ids": ids, "record_index": i}
+            for i, ids in enumerate(case["prompts"])
+        ]
         for kind in ("reference_ids", "rejected_ids"):
             for record, ids in zip(self.records, case[kind]):
                 record[kind] = ids
@@ -51,7 +57,13 @@ class Ours:
         metrics = self.trainer.method.update(self.trainer, self.records)
         self.trainer.step += 1
         total, rollout = now() - start, metrics.get("time/rollout", 0.0)
-        return {"total": total, "rollout": rollout, "scoring": self.scoring, "update": total - rollout - self.scoring, "peak": peak_bytes()}
+        return {
+            "total": total,
+            "rollout": rollout,
+            "scoring": self.scoring,
+            "update": total - rollout - self.scoring,
+            "peak": peak_bytes(),
+        }
 
     def loss(self, adapter, completions, advantages, gradient):
         """GRPO's loss on given completions, its gradient written to a file. The adapter is made here, away from LoRA's zeros, and saved."""
@@ -66,7 +78,16 @@ class Ours:
             reference = self.score(self.case["prompts"], groups, role="reference")
         scored = self.score(self.case["prompts"], groups)
         logps, ref_logps, mask = (x.flatten(0, 1) for x in (scored.logps, reference.logps, scored.mask))
-        loss, parts = baselines.grpo_loss(logps, None, ref_logps, torch.tensor(advantages), mask, kl_coef=c.kl_coef, kl=c.kl, aggregate=c.aggregate)
+        loss, parts = baselines.grpo_loss(
+            logps,
+            None,
+            ref_logps,
+            torch.tensor(advantages),
+            mask,
+            kl_coef=c.kl_coef,
+            kl=c.kl,
+            aggregate=c.aggregate,
+        )
         loss.backward()
         save_file({n: p.grad.contiguous() for n, p in policy.trainable().items()}, gradient)
         return {"loss": float(loss.detach()), "kl": float(parts["kl"])}

@@ -45,27 +45,60 @@ class TRL(TrainerCallback):
         self.go, self.done, self.thread = queue.Queue(), queue.Queue(), None
         prompts, B, bf16 = case["prompts"], len(case["prompts"]), case["dtype"] == "bfloat16"
         shared = dict(
-            output_dir=tempfile.mkdtemp(), max_steps=10**6, learning_rate=case["lr"], lr_scheduler_type="constant", weight_decay=0.0, seed=0, bf16=bf16,
-            gradient_checkpointing=case["checkpointing"], report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True, shuffle_dataset=False,
-            use_cpu=case["device"] == "cpu", model_init_kwargs={"dtype": case["dtype"]}, dataloader_pin_memory=False,
+            output_dir=tempfile.mkdtemp(),
+            max_steps=10**6,
+            learning_rate=case["lr"],
+            lr_scheduler_type="constant",
+            weight_decay=0.0,
+            seed=0,
+            bf16=bf16,
+            gradient_checkpointing=case["checkpointing"],
+            report_to="none",
+            logging_strategy="no",
+            save_strategy="no",
+            disable_tqdm=True,
+            shuffle_dataset=False,
+            use_cpu=case["device"] == "cpu",
+            model_init_kwargs={"dtype": case["dtype"]},
+            dataloader_pin_memory=False,
         )
-        lora = LoraConfig(task_type="CAUSAL_LM", r=case["rank"], lora_alpha=2 * case["rank"], target_modules="all-linear")
+        lora = LoraConfig(
+            task_type="CAUSAL_LM", r=case["rank"], lora_alpha=2 * case["rank"], target_modules="all-linear"
+        )
         tokenizer = AutoTokenizer.from_pretrained(case["model"])
         rest = dict(model=case["model"], processing_class=tokenizer, peft_config=lora, callbacks=[self])
         times = 1000
         if case["method"] == "grpo":
             config = GRPOConfig(
-                **shared, per_device_train_batch_size=B * case["group"], num_generations=case["group"], max_completion_length=case["tokens"], beta=case["beta"],
-                temperature=1.0, generation_kwargs={"min_new_tokens": case["tokens"]},
+                **shared,
+                per_device_train_batch_size=B * case["group"],
+                num_generations=case["group"],
+                max_completion_length=case["tokens"],
+                beta=case["beta"],
+                temperature=1.0,
+                generation_kwargs={"min_new_tokens": case["tokens"]},
             )
             GRPOOnIds.case, GRPOOnIds.clock = case, self.clock
-            self.trainer = GRPOOnIds(args=config, reward_funcs=alternate_rewards, train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(B)] * times), **rest)
+            self.trainer = GRPOOnIds(
+                args=config,
+                reward_funcs=alternate_rewards,
+                train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(B)] * times),
+                **rest,
+            )
         elif case["method"] == "sft":
-            rows = [{"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)} for p, a in zip(prompts, case["reference_ids"])]
-            config = SFTConfig(**shared, per_device_train_batch_size=B, max_length=None, completion_only_loss=True)
+            rows = [
+                {"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)}
+                for p, a in zip(prompts, case["reference_ids"])
+            ]
+            config = SFTConfig(
+                **shared, per_device_train_batch_size=B, max_length=None, completion_only_loss=True
+            )
             self.trainer = SFTTrainer(args=config, train_dataset=Dataset.from_list(rows * times), **rest)
         else:
-            rows = [{"prompt_ids": p, "chosen_ids": a, "rejected_ids": r} for p, a, r in zip(prompts, case["reference_ids"], case["rejected_ids"])]
+            rows = [
+                {"prompt_ids": p, "chosen_ids": a, "rejected_ids": r}
+                for p, a, r in zip(prompts, case["reference_ids"], case["rejected_ids"])
+            ]
             del shared["shuffle_dataset"]
             config = DPOConfig(**shared, per_device_train_batch_size=B, max_length=None, beta=case["beta"])
             self.trainer = DPOOnIds(args=config, train_dataset=Dataset.from_list(rows * times), **rest)
@@ -91,7 +124,9 @@ class TRL(TrainerCallback):
 
     def on_step_end(self, *args, **kwargs):
         total = now() - self.start
-        self.done.put({"total": total, **self.clock, "update": total - sum(self.clock.values()), "peak": peak_bytes()})
+        self.done.put(
+            {"total": total, **self.clock, "update": total - sum(self.clock.values()), "peak": peak_bytes()}
+        )
 
     def train(self):
         try:
@@ -115,16 +150,25 @@ class TRL(TrainerCallback):
         set_peft_model_state_dict(model, load_file(os.path.join(adapter, "adapter_model.safetensors")))
         prompt = torch.tensor([p for p in self.case["prompts"] for _ in range(self.case["group"])])
         ids = torch.tensor(completions)
-        inputs = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": ids, "completion_mask": torch.ones_like(ids)}
+        inputs = {
+            "prompt_ids": prompt,
+            "prompt_mask": torch.ones_like(prompt),
+            "completion_ids": ids,
+            "completion_mask": torch.ones_like(ids),
+        }
         inputs |= {"advantages": torch.tensor(advantages), "num_items_in_batch": torch.tensor(ids.numel())}
         both = [torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask")]
         with torch.no_grad(), model.disable_adapter():
-            inputs["ref_per_token_logps"] = trainer._get_per_token_logps_and_entropies(model, *both, ids.shape[1])[0]
+            inputs["ref_per_token_logps"] = trainer._get_per_token_logps_and_entropies(
+                model, *both, ids.shape[1]
+            )[0]
         trainer.current_gradient_accumulation_steps = 1
         model.train()
         loss = trainer._compute_loss(model, inputs)
         loss.backward()
-        save_file({n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}, gradient)
+        save_file(
+            {n: p.grad.contiguous() for n, p in model.named_parameters() if p.grad is not None}, gradient
+        )
         return {"loss": float(loss.detach())}
 
 

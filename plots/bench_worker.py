@@ -31,7 +31,9 @@ def peak_bytes():
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -58,7 +60,13 @@ class Worker:
         quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         self.module, self.log = module, tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
-            [python, "-m", f"plots.{module}"], cwd=ROOT, env=os.environ | threads | quiet, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            [python, "-m", f"plots.{module}"],
+            cwd=ROOT,
+            env=os.environ | threads | quiet,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
         )
         self.send(case)
         self.ready = False

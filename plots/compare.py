@@ -47,7 +47,9 @@ from train import main as train_main
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = {
-    "minigrao.py": lambda argv: train_main(minigrao.GRAO, argv), "baselines.py": baselines.command_line, "uniapl.py": uniapl.command_line,
+    "minigrao.py": lambda argv: train_main(minigrao.GRAO, argv),
+    "baselines.py": baselines.command_line,
+    "uniapl.py": uniapl.command_line,
     "plots.sweep": lambda argv: exit_status(lambda: sweep.main(argv)),
 }
 
@@ -55,7 +57,11 @@ PROGRAMS = {
 def method_of(program):
     """("baselines.py sft") -> its Method."""
     name, *word = program.split()
-    return baselines.METHODS[word[0]] if word else {"minigrao.py": minigrao.GRAO, "uniapl.py": uniapl.UNIAPL}[name]
+    return (
+        baselines.METHODS[word[0]]
+        if word
+        else {"minigrao.py": minigrao.GRAO, "uniapl.py": uniapl.UNIAPL}[name]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -69,14 +75,22 @@ def best_rate(folder, suite, key):
         return None, "default"
     try:
         rows = json.loads(path.read_text())["rows"]
-        return max(rows, key=lambda row: row["reward"])["lr"], f"{path.name}: " + ", ".join(f"{r['lr']:g}: {r['reward']:.3f}" for r in rows)
+        return max(rows, key=lambda row: row["reward"])["lr"], f"{path.name}: " + ", ".join(
+            f"{r['lr']:g}: {r['reward']:.3f}" for r in rows
+        )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: is not a table of plots.sweep ({first_line(error)})") from error
 
 
 def check_flags(run, flags):
     """UserError for a flag after `--` that is the runner's own, or part of what the run's name says."""
-    said = {"--seed", "--out", "--resume", "--overwrite", *(word for word in suites.METHODS[run.name][1].split() if word.startswith("--"))}
+    said = {
+        "--seed",
+        "--out",
+        "--resume",
+        "--overwrite",
+        *(word for word in suites.METHODS[run.name][1].split() if word.startswith("--")),
+    }
     if clash := said & names(flags):
         raise UserError(f"{min(clash)} after --: is set by the grid (plots/suites.py) in {run.name}")
 
@@ -91,7 +105,9 @@ def words_of(run, args, places):
     words = [*run.program.split(), *(word.format(**places) for word in run.flags), *args.flags]
     sources = []
     for flag, key in zip(("--lr", "--switch-lr"), run.sweeps):
-        rate, source = (None, "given") if flag in names(args.flags) else best_rate(args.sweeps, args.suite, key)
+        rate, source = (
+            (None, "given") if flag in names(args.flags) else best_rate(args.sweeps, args.suite, key)
+        )
         words += [flag, f"{rate:g}"] if rate is not None else []
         sources.append(source)
     return words, "; ".join(dict.fromkeys(sources))
@@ -113,7 +129,10 @@ def write_graded(suite, data, folder):
             records = graded_tasks(level, n, share)
         else:
             records = study.swapped(data, share)[:n]
-        write_whole(folder / f"quality-{share:g}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_whole(
+            folder / f"quality-{share:g}.jsonl",
+            "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records),
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -168,6 +187,7 @@ class Task:
     def changed(self, saved):
         """Settings in which a saved run is not the wanted one. What a setup fills in is None here, a setting newer than the run is not there, and files
         may have moved."""
+
         def same(a, b):
             return a == b or (isinstance(a, str) and isinstance(b, str) and Path(a).name == Path(b).name)
 
@@ -183,7 +203,9 @@ class Task:
         except (OSError, ValueError, KeyError, IndexError, TypeError):
             return False  # nothing there, or nothing whole
         if changed := self.changed(saved):
-            raise UserError(f"{self.kept}: {changed[0]} is {saved.get(changed[0])}, now wanted {self.wanted[changed[0]]}: choose another --out, or --overwrite")
+            raise UserError(
+                f"{self.kept}: {changed[0]} is {saved.get(changed[0])}, now wanted {self.wanted[changed[0]]}: choose another --out, or --overwrite"
+            )
         return ends == (self.wanted["steps"],) * 2
 
     def start(self, context):
@@ -192,7 +214,11 @@ class Task:
         words = [*self.words, "--out", str(self.folder)]
         with contextlib.suppress(OSError, ValueError, KeyError):
             checkpoint = RunFolder(self.folder).checkpoint.is_file()
-            if checkpoint and not self.changed(json.loads((self.folder / "config.json").read_text())["settings"]) and not self.complete():
+            if (
+                checkpoint
+                and not self.changed(json.loads((self.folder / "config.json").read_text())["settings"])
+                and not self.complete()
+            ):
                 words.append("--resume")
         if words[-1] != "--resume":
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -207,8 +233,12 @@ class Task:
     def collect(self, args):
         """Keep the small logs and delete the rest -> a word on the result."""
         about = {
-            "suite": args.suite, "name": self.run.name, "seed": self.run.seed, "command": shlex.join(["python", *self.words]),
-            "learning_rate": self.rate_from, "judge": args.judge_reward and Path(args.judge_reward).name,
+            "suite": args.suite,
+            "name": self.run.name,
+            "seed": self.run.seed,
+            "command": shlex.join(["python", *self.words]),
+            "learning_rate": self.rate_from,
+            "judge": args.judge_reward and Path(args.judge_reward).name,
         }
         last = study.keep(self.folder, self.kept, about)
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -223,12 +253,24 @@ class Sweep:
         self.path = Path(args.sweeps) / f"sweep-{args.suite}-{key}.json"
         method, self.rates, flags = suites.sweep(args.suite, key)
         flags = [word.format(**places) for word in flags]
-        self.words = ["plots.sweep", method, "--lrs", *self.rates, "--out", os.path.relpath(self.path), "--", *flags, *args.flags]
+        self.words = [
+            "plots.sweep",
+            method,
+            "--lrs",
+            *self.rates,
+            "--out",
+            os.path.relpath(self.path),
+            "--",
+            *flags,
+            *args.flags,
+        ]
         self.name, self.log = f"sweep {key}", Path(args.out) / ".unfinished" / f"sweep-{key}.log"
 
     def done(self):
         try:
-            return [row["lr"] for row in json.loads(self.path.read_text())["rows"]] == [float(rate) for rate in self.rates]
+            return [row["lr"] for row in json.loads(self.path.read_text())["rows"]] == [
+                float(rate) for rate in self.rates
+            ]
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -258,7 +300,9 @@ class Stop:
 
     def __call__(self, *_):
         if not self.asked:
-            print("\nstopping: every run finishes its step and saves (Ctrl-C again: at once)", file=sys.stderr)
+            print(
+                "\nstopping: every run finishes its step and saves (Ctrl-C again: at once)", file=sys.stderr
+            )
         for task in self.running:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(task.process.pid, signal.SIGKILL if self.asked else signal.SIGINT)
@@ -281,10 +325,17 @@ def go(tasks, args, context):
                 if task.process.exitcode == 0:
                     done += 1
                     left = (time.time() - began) / done * (len(waiting) + len(stop.running))
-                    print(f"[{done}/{total}] {task.name}: {task.collect(args)} · {time.time() - task.began:.0f} s · about {left / 60:.0f} min left", flush=True)
+                    print(
+                        f"[{done}/{total}] {task.name}: {task.collect(args)} · {time.time() - task.began:.0f} s · about {left / 60:.0f} min left",
+                        flush=True,
+                    )
                 elif not stop.asked:
                     text = task.log.read_text().strip().splitlines() if task.log.is_file() else []
-                    print(f"{task.name}: failed ({task.process.exitcode}): {text[-1] if text else 'no output'} · {task.log}", file=sys.stderr, flush=True)
+                    print(
+                        f"{task.name}: failed ({task.process.exitcode}): {text[-1] if text else 'no output'} · {task.log}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     failed.append(task.name)
     finally:
         for number, handler in before.items():
@@ -296,19 +347,45 @@ def arguments(argv):
     argv, flags = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = study.parser(__doc__)
     parser.add_argument("--suite", choices=suites.SUITES, required=True)
-    parser.add_argument("--part", nargs="+", choices=suites.PARTS, default=list(suites.PARTS), help="parts of the suite [all]")
-    parser.add_argument("--methods", nargs="+", choices=suites.METHODS, metavar="NAME", help="only these of the parts' runs [all]")
-    parser.add_argument("--quick", action="store_true", help="a few steps of fewer runs: to see that everything works")
+    parser.add_argument(
+        "--part", nargs="+", choices=suites.PARTS, default=list(suites.PARTS), help="parts of the suite [all]"
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=suites.METHODS,
+        metavar="NAME",
+        help="only these of the parts' runs [all]",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of fewer runs: to see that everything works"
+    )
     parser.add_argument("--seeds", type=int, help="so many of every run [by suite and part]")
-    parser.add_argument("--jobs", type=int, help="runs at a time [a CPU: its cores, one thread each; a GPU: 1]. A run of SmolLM2 wants 4 GB")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        help="runs at a time [a CPU: its cores, one thread each; a GPU: 1]. A run of SmolLM2 wants 4 GB",
+    )
     parser.add_argument("--out", help="folder of the logs [runs/SUITE]")
     parser.add_argument("--model", help="smollm2, qwen3, hh: a hub name, a directory or a .gguf file")
-    parser.add_argument("--data", default="hh-helpful", help="hh: hh-helpful, hh-harmless or FILE.jsonl[.gz] [hh-helpful]")
-    parser.add_argument("--reward", help="hh: the reward model that trains, a folder of `python reward.py train`")
-    parser.add_argument("--judge-reward", help="hh: a second one, trained on other data, that judges; no run sees it")
-    parser.add_argument("--sweeps", default=str(ROOT / "plots" / "logs"), help="folder of the sweeps' tables [plots/logs]")
-    parser.add_argument("--sweep", action="store_true", help="make the missing sweeps of learning rates first")
-    parser.add_argument("--overwrite", action="store_true", help="run again what is there with other settings")
+    parser.add_argument(
+        "--data", default="hh-helpful", help="hh: hh-helpful, hh-harmless or FILE.jsonl[.gz] [hh-helpful]"
+    )
+    parser.add_argument(
+        "--reward", help="hh: the reward model that trains, a folder of `python reward.py train`"
+    )
+    parser.add_argument(
+        "--judge-reward", help="hh: a second one, trained on other data, that judges; no run sees it"
+    )
+    parser.add_argument(
+        "--sweeps", default=str(ROOT / "plots" / "logs"), help="folder of the sweeps' tables [plots/logs]"
+    )
+    parser.add_argument(
+        "--sweep", action="store_true", help="make the missing sweeps of learning rates first"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="run again what is there with other settings"
+    )
     parser.add_argument("--list", action="store_true", help="print the command lines and stop")
     args = parser.parse_args(argv)
     args.flags, args.out = flags, args.out or f"runs/{args.suite}"
@@ -319,8 +396,13 @@ def arguments(argv):
     args.jobs = args.jobs or (1 if torch.cuda.is_available() else cores)
     args.threads = max(1, cores // args.jobs)
     if args.suite == "hh" and not (args.reward and args.judge_reward):
-        raise UserError("--suite hh: needs --reward and --judge-reward, two reward models (python reward.py train)")
-    args.model = args.model or {"smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf", "hh": "SmolLM2-135M-Instruct.Q4_1.gguf"}.get(args.suite, "Qwen/Qwen3-0.6B")
+        raise UserError(
+            "--suite hh: needs --reward and --judge-reward, two reward models (python reward.py train)"
+        )
+    args.model = args.model or {
+        "smollm2": "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "hh": "SmolLM2-135M-Instruct.Q4_1.gguf",
+    }.get(args.suite, "Qwen/Qwen3-0.6B")
     return args
 
 
@@ -329,12 +411,20 @@ def compare(argv):
     args = arguments(argv)
     graded = Path(args.out) / ".unfinished" / "data"
     places = {"model": args.model, "data": args.data, "reward": args.reward, "graded": str(graded)}
-    runs = [run for run in suites.grid(args.suite, args.part, args.seeds, args.quick) if run.name in (args.methods or [run.name])]
+    runs = [
+        run
+        for run in suites.grid(args.suite, args.part, args.seeds, args.quick)
+        if run.name in (args.methods or [run.name])
+    ]
     if not runs:
         raise UserError(f"--methods {' '.join(args.methods)}: not in {', '.join(args.part)} of this suite")
     for run in runs:
         check_flags(run, args.flags)
-    sweeps = [Sweep(key, args, places) for key in dict.fromkeys(key for run in runs for key in run.sweeps)] if args.sweep else []
+    sweeps = (
+        [Sweep(key, args, places) for key in dict.fromkeys(key for run in runs for key in run.sweeps)]
+        if args.sweep
+        else []
+    )
     if args.list:
         for words in [s.words for s in sweeps] + [words_of(run, args, places)[0] for run in runs]:
             print(shlex.join(["python", *(["-m"] if words[0] == "plots.sweep" else []), *words]))
@@ -356,7 +446,9 @@ def compare(argv):
         if failed is None:
             return None
         if failed:
-            raise UserError(f"{len(failed)} sweeps failed ({', '.join(failed)}); their logs are in {Path(args.out) / '.unfinished'}")
+            raise UserError(
+                f"{len(failed)} sweeps failed ({', '.join(failed)}); their logs are in {Path(args.out) / '.unfinished'}"
+            )
     tasks = [Task(run, args, places) for run in runs]
     if args.overwrite:
         waiting = []
@@ -368,22 +460,32 @@ def compare(argv):
     else:
         waiting = [task for task in tasks if not task.done()]
     threads = os.environ["OMP_NUM_THREADS"]
-    print(f"{args.suite}: {len(tasks)} runs, {len(tasks) - len(waiting)} done already; {args.jobs} at a time, threads each: {threads}", flush=True)
+    print(
+        f"{args.suite}: {len(tasks)} runs, {len(tasks) - len(waiting)} done already; {args.jobs} at a time, threads each: {threads}",
+        flush=True,
+    )
     if waiting:
         if "quality" in args.part:
             write_graded(args.suite, args.data, graded)
         failed = go(waiting, args, context)
         if failed is None:
-            print(f"stopped; go on with the same command: python -m plots.compare {shlex.join(argv)}", file=sys.stderr)
+            print(
+                f"stopped; go on with the same command: python -m plots.compare {shlex.join(argv)}",
+                file=sys.stderr,
+            )
             return None
         if failed:
             names = ", ".join(failed[:5]) + ", ..." * (len(failed) > 5)
-            raise UserError(f"{len(failed)} of {len(tasks)} runs failed ({names}); the same command tries them again")
+            raise UserError(
+                f"{len(failed)} of {len(tasks)} runs failed ({names}); the same command tries them again"
+            )
         shutil.rmtree(graded, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: checkpoints of runs that were not asked for this time
             graded.parent.rmdir()
     write_whole(Path(args.out) / "budgets.md", budgets(study.load(args.out)))
-    print(f"The logs are in {args.out}. Draw them: python -m plots.figures --logs {args.out} --out {Path(args.out) / 'figures'}")
+    print(
+        f"The logs are in {args.out}. Draw them: python -m plots.figures --logs {args.out} --out {Path(args.out) / 'figures'}"
+    )
     return True
 
 

@@ -7,7 +7,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # Okabe and Ito's, distinguishable without colour vision
+COLOURS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+]  # Okabe and Ito's, distinguishable without colour vision
 
 
 def draw_curves(lines, panels, path):
@@ -17,11 +22,17 @@ def draw_curves(lines, panels, path):
     figure, axes = plt.subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False, constrained_layout=True)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    switches = [line["step"] for before, line in zip(lines, lines[1:]) if line.get("stage") != before.get("stage", line.get("stage"))]
+    switches = [
+        line["step"]
+        for before, line in zip(lines, lines[1:])
+        if line.get("stage") != before.get("stage", line.get("stage"))
+    ]
     for axis, (title, label, names) in zip(axes.flat, panels):
         for step in switches:
             axis.axvline(step, color="black", linestyle=":", linewidth=0.8)
-        axis.set_xlim(-0.03 * lines[-1]["step"], 1.03 * lines[-1]["step"])  # the same for what is logged in one stage only
+        axis.set_xlim(
+            -0.03 * lines[-1]["step"], 1.03 * lines[-1]["step"]
+        )  # the same for what is logged in one stage only
         for name, colour in zip(names, COLOURS):
             points = [(line["step"], line[name]) for line in lines if name in line]
             if not points:
@@ -32,7 +43,9 @@ def draw_curves(lines, panels, path):
                 ends = [[line[end] for line in lines if end in line] for end in ("eval/low", "eval/high")]
                 axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
                 axis.plot(x, y, "o-", color=colour, markersize=4, label="held-out, 95 % interval")
-            elif len(points) > 40 and name != "mu":  # a step's noise behind its running mean; mu is a schedule
+            elif (
+                len(points) > 40 and name != "mu"
+            ):  # a step's noise behind its running mean; mu is a schedule
                 axis.plot(x, y, color=colour, alpha=0.25, linewidth=0.8)
                 axis.plot(x, smooth(y), color=colour, label=short)
             else:

@@ -47,7 +47,9 @@ def need(logs, *names):
 
 
 def colour(name):
-    return COLOURS.get(name) or next((COLOURS[family] for family in ("uniapl", "grao") if name.startswith(family)), VARIANT)
+    return COLOURS.get(name) or next(
+        (COLOURS[family] for family in ("uniapl", "grao") if name.startswith(family)), VARIANT
+    )
 
 
 def line_style(name):
@@ -86,7 +88,9 @@ def dots(axis, logs, names, measure, percent=False, texts=True):
         mean, low, high = (scale * x for x in two_level_interval(study.matrix(logs, name, measure)))
         hollow = name == "ppo-4"
         axis.plot([low, high], [i, i], color=colour(name), linewidth=2, solid_capstyle="butt", zorder=2)
-        axis.plot(mean, i, "o", color=colour(name), markerfacecolor="white" if hollow else colour(name), zorder=3)
+        axis.plot(
+            mean, i, "o", color=colour(name), markerfacecolor="white" if hollow else colour(name), zorder=3
+        )
     axis.set_yticks(range(len(names)), [label(name) for name in names] if texts else [""] * len(names))
     axis.set_ylim(len(names) - 0.5, -0.5)
     axis.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -101,7 +105,13 @@ def comparison(logs):
     names = present(logs, COMPARED)
     if not names:
         raise Absent("every method of the comparison")
-    panels = {"ras": "RAS, %", "nag": "NAG, %", "reward": "mean reward", "kl": "KL to base,\nnats/answer", "tokens": "length, tokens"}
+    panels = {
+        "ras": "RAS, %",
+        "nag": "NAG, %",
+        "reward": "mean reward",
+        "kl": "KL to base,\nnats/answer",
+        "tokens": "length, tokens",
+    }
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 0.32 * len(names) + 0.9))
     for axis, (measure, text) in zip(axes, panels.items()):
         dots(axis, logs, names, measure, percent="%" in text, texts=axis is axes[0])
@@ -155,9 +165,19 @@ def ablations(logs):
         mean, low, high = (100 * x for x in two_level_interval(study.matrix(same, name, "nag")))
         shade = looks[name].get("color", colour(name))
         right.plot([low, high], [names.index(name)] * 2, color=shade, linewidth=2)
-        right.plot(mean, names.index(name), "o", color=shade, markerfacecolor="white" if name == "grao-equivalent" else shade)
+        right.plot(
+            mean,
+            names.index(name),
+            "o",
+            color=shade,
+            markerfacecolor="white" if name == "grao-equivalent" else shade,
+        )
         right.annotate(label(name), (low, names.index(name)), (0, 6), textcoords="offset points", fontsize=8)
-    left.set(xlabel="step", ylabel="reward of samples (running mean of 5)", title=f"Training prompts, {len(seeds)} seeds")
+    left.set(
+        xlabel="step",
+        ylabel="reward of samples (running mean of 5)",
+        title=f"Training prompts, {len(seeds)} seeds",
+    )
     left.legend(fontsize=8)
     right.set(title="Held out", xlabel="NAG, %", ylim=(len(names) - 0.5, -0.5), yticks=[])
     right.grid(axis="x", color="#dddddd", linewidth=0.6)
@@ -169,7 +189,9 @@ def components(logs):
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(WIDTH, 3.0))
     steps, rows = curves(logs, "grao", "loss")
     band(left, steps, rows, "grao", "")
-    for (term, style), grey in zip({"exploration": "-", "imitation": "--", "regularizer": ":"}.items(), ("#000000", "#666666", "#666666")):
+    for (term, style), grey in zip(
+        {"exploration": "-", "imitation": "--", "regularizer": ":"}.items(), ("#000000", "#666666", "#666666")
+    ):
         steps, rows = curves(logs, "grao", f"share/{term}")
         band(middle, steps, rows, "grao", term.replace("z", "s"), window=5, color=grey, linestyle=style)
     steps, rows = curves(logs, "grao", "advantage/reference")
@@ -202,14 +224,24 @@ def sensitivity(logs):
     middle = (np.nanmin(grid) + np.nanmax(grid)) / 2
     for i, j in np.ndindex(grid.shape):
         if np.isfinite(grid[i, j]):
-            left.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", color="black" if grid[i, j] > middle else "white")
+            left.text(
+                j,
+                i,
+                f"{grid[i, j]:.2f}",
+                ha="center",
+                va="center",
+                color="black" if grid[i, j] > middle else "white",
+            )
     left.set(xlabel="λ", ylabel="β", title=f"Mean reward, held out, {most} seed{'s' * (most > 1)}")
     left.set_xticks(range(len(lambdas)), [f"{x:g}" for x in lambdas])
     left.set_yticks(range(len(betas)), [f"{x:g}" for x in betas])
     left.spines[:].set_visible(False)
     figure.colorbar(image, ax=left)
     right.set(xlabel="β' = (β + λ/G) / (1 + λ)", ylabel="mean reward", title="The same cells over β'")
-    marks = [plt.Line2D([], [], linestyle="", marker="os^Dv"[i % 5], color=COLOURS["grao"], label=f"λ = {lam:g}") for i, lam in enumerate(lambdas)]
+    marks = [
+        plt.Line2D([], [], linestyle="", marker="os^Dv"[i % 5], color=COLOURS["grao"], label=f"λ = {lam:g}")
+        for i, lam in enumerate(lambdas)
+    ]
     right.legend(handles=marks, fontsize=8)
     return figure
 
@@ -222,17 +254,34 @@ def quality(logs):
     figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
     for i, (method, shares) in enumerate(lines.items()):
         if shares:
-            found = [two_level_interval(study.matrix(logs, f"{method}-quality{s:g}", "reward")) for s in shares]
+            found = [
+                two_level_interval(study.matrix(logs, f"{method}-quality{s:g}", "reward")) for s in shares
+            ]
             mean, low, high = map(np.array, zip(*found))
             apart = 0.006 * (i - (len(lines) - 1) / 2)  # else the bars lie on each other
-            axis.errorbar(np.add(shares, apart), mean, [mean - low, high - mean], fmt="o-", color=colour(method), markersize=5, label=label(method))
+            axis.errorbar(
+                np.add(shares, apart),
+                mean,
+                [mean - low, high - mean],
+                fmt="o-",
+                color=colour(method),
+                markersize=5,
+                label=label(method),
+            )
     mean, low, high = two_level_interval(study.matrix(logs, "grpo-quality1", "reward"))
     ends = [min(suites.SHARES), 1.0]
     axis.fill_between(ends, [low] * 2, [high] * 2, color=colour("grpo"), alpha=0.15, linewidth=0)
     axis.plot(ends, [mean] * 2, color=colour("grpo"), label="GRPO, which does not read them")
-    if next(iter(logs["grpo-quality1"].values())).settings.get("reward", "verifier") == "verifier":  # whose mean over references is that share
+    if (
+        next(iter(logs["grpo-quality1"].values())).settings.get("reward", "verifier") == "verifier"
+    ):  # whose mean over references is that share
         axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the references themselves")
-    axis.axhline(np.mean([run.before["reward"].mean() for run in logs["grpo-quality1"].values()]), color=COLOURS["base"], linewidth=0.8, label="before training")
+    axis.axhline(
+        np.mean([run.before["reward"].mean() for run in logs["grpo-quality1"].values()]),
+        color=COLOURS["base"],
+        linewidth=0.8,
+        label="before training",
+    )
     axis.set(xlabel="share of right references", ylabel="mean reward, held out")
     figure.legend(loc="outside right center", fontsize=8)
     return figure
@@ -240,7 +289,9 @@ def quality(logs):
 
 def strengths(logs):
     """{lambda_adv: name} of the unified runs in the logs; CHORD is the one without an anchor."""
-    found = {0.0: "chord", 0.1: "uniapl"} | {s: n for n, s in suites.STRENGTHS.items() if n.startswith("uniapl")}
+    found = {0.0: "chord", 0.1: "uniapl"} | {
+        s: n for n, s in suites.STRENGTHS.items() if n.startswith("uniapl")
+    }
     return {s: name for s, name in sorted(found.items()) if name in logs}
 
 
@@ -256,7 +307,9 @@ def uniapl(logs):
     top = figure.add_subplot(spec[0, 1])
     found = [two_level_interval(study.matrix(logs, name, "reward")) for name in sweep.values()]
     mean, low, high = map(np.array, zip(*found))
-    top.errorbar(range(len(sweep)), mean, [mean - low, high - mean], fmt="o-", color=COLOURS["uniapl"], capsize=2)
+    top.errorbar(
+        range(len(sweep)), mean, [mean - low, high - mean], fmt="o-", color=COLOURS["uniapl"], capsize=2
+    )
     top.set_xticks(range(len(sweep)), [f"{s:g}" for s in sweep])
     top.set(title="Strength of the anchor (unified)", xlabel="λ (0: CHORD)", ylabel="mean reward")
     for row, title, names in (
@@ -276,7 +329,12 @@ def anchor(logs):
         raise Absent("two strengths of the anchor")
     seeds = study.common_seeds(logs, sweep.values())
     figure, axes = plt.subplots(1, 4, figsize=(WIDTH, 2.9))
-    panels = {"score/accuracy": "Expert told from policy", "entropy": "Entropy, nats/token", "distinct/2": "Distinct bigrams", "length/mean": "Length, tokens"}
+    panels = {
+        "score/accuracy": "Expert told from policy",
+        "entropy": "Entropy, nats/token",
+        "distinct/2": "Distinct bigrams",
+        "length/mean": "Length, tokens",
+    }
     shades = plt.get_cmap("cividis")(np.linspace(0.9, 0, len(sweep)))
     for axis, (metric, title) in zip(axes, panels.items()):
         for shade, (strength, name) in zip(shades, sweep.items()):
@@ -300,13 +358,26 @@ def distributions(logs):
     scores = {"base": np.concatenate([log.before["logp_reference"] for log in logs["sft"].values()])} | scores
     for name, values in ({"expert": expert} | lengths).items():
         style = dict(color="black", linestyle=":") if name == "expert" else dict(color=colour(name))
-        left.hist(np.clip(values, 0, top), bins, density=True, histtype="step", linewidth=1.5, label="expert" if name == "expert" else label(name), **style)
+        left.hist(
+            np.clip(values, 0, top),
+            bins,
+            density=True,
+            histtype="step",
+            linewidth=1.5,
+            label="expert" if name == "expert" else label(name),
+            **style,
+        )
     for name, values in scores.items():
         values = np.sort(values)
         right.plot(values, np.linspace(0, 1, len(values)), color=colour(name), label=label(name))
     left.set(title="Length of held-out answers", xlabel="tokens", ylabel="share per token")
     lowest = np.quantile(np.concatenate(list(scores.values())), 0.01)
-    right.set(title="Log-likelihood of expert answers", xlabel="mean log p, nats/token", ylabel="share of prompts below", xlim=(lowest, 0))
+    right.set(
+        title="Log-likelihood of expert answers",
+        xlabel="mean log p, nats/token",
+        ylabel="share of prompts below",
+        xlim=(lowest, 0),
+    )
     left.legend(fontsize=8)
     right.legend(fontsize=8)
     return figure
@@ -318,7 +389,10 @@ def cost(logs):
         raise Absent("two methods to compare")
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 4.2), sharey=True)
     rewards = {name: two_level_interval(study.matrix(logs, name, "reward")) for name in names}
-    costs = {"thousand generated tokens": lambda log: log.tokens()[1][-1] / 1000, "seconds of training": lambda log: log.seconds()[1][-1]}
+    costs = {
+        "thousand generated tokens": lambda log: log.tokens()[1][-1] / 1000,
+        "seconds of training": lambda log: log.seconds()[1][-1],
+    }
     marks = dict(zip((name for name in names if name not in COMPARED), "s^vDPX*<>hd"))
     for axis, (text, of) in zip(axes, costs.items()):
         for name in names:
@@ -326,7 +400,15 @@ def cost(logs):
             x = np.median([of(log) for log in logs[name].values()])
             axis.plot([x, x], [low, high], color=colour(name), linewidth=0.8)
             face = "white" if name == "ppo-4" else colour(name)
-            axis.plot(x, mean, marks.get(name, "o"), color=colour(name), markerfacecolor=face, label=label(name), clip_on=False)
+            axis.plot(
+                x,
+                mean,
+                marks.get(name, "o"),
+                color=colour(name),
+                markerfacecolor=face,
+                label=label(name),
+                clip_on=False,
+            )
         axis.set(xlabel=text, xlim=(0, None))
     axes[0].set_ylabel("mean reward, held out")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
@@ -336,35 +418,65 @@ def cost(logs):
 # File: (title, what to look at, figure, table).
 SECTIONS = {
     "comparison": (
-        "Comparison (the paper's tables 1 and 2)", "whether GRAO's interval clears the others', and what it pays in KL and length; dotted: the references",
-        comparison, tables.comparison,
+        "Comparison (the paper's tables 1 and 2)",
+        "whether GRAO's interval clears the others', and what it pays in KL and length; dotted: the references",
+        comparison,
+        tables.comparison,
     ),
     "dynamics": (
-        "Dynamics (Fig. 2)", "where a curve first passes the dotted line, GRPO's final reward; the order changes with the axis", dynamics, tables.reach,
+        "Dynamics (Fig. 2)",
+        "where a curve first passes the dotted line, GRPO's final reward; the order changes with the axis",
+        dynamics,
+        tables.reach,
     ),
     "ablations": (
-        "Ablations (Table 3, Fig. 3)", "the dotted black line on the wide orange one: without the regulariser and re-weighted it is the same run",
-        ablations, tables.ablations,
+        "Ablations (Table 3, Fig. 3)",
+        "the dotted black line on the wide orange one: without the regulariser and re-weighted it is the same run",
+        ablations,
+        tables.ablations,
     ),
     "components": (
-        "Components (Fig. 4 and 5)", "imitation while the references beat the samples, then exploration; below 0 the references are pushed away",
-        components, None,
+        "Components (Fig. 4 and 5)",
+        "imitation while the references beat the samples, then exploration; below 0 the references are pushed away",
+        components,
+        None,
     ),
-    "sensitivity": ("Sensitivity to β and λ", "whether the cells fall on one curve over β': then λ does nothing that β could not", sensitivity, None),
+    "sensitivity": (
+        "Sensitivity to β and λ",
+        "whether the cells fall on one curve over β': then λ does nothing that β could not",
+        sensitivity,
+        None,
+    ),
     "quality": (
-        "Imperfect references", "where a method's line crosses GRPO's, and whether SFT stays below the references it imitates", quality, tables.quality,
+        "Imperfect references",
+        "where a method's line crosses GRPO's, and whether SFT stays below the references it imitates",
+        quality,
+        tables.quality,
     ),
     "uniapl": (
-        "UniAPL: staged, unified, anchored", "unified against SFT → GRPO, and whether the anchor (λ) moves anything beyond its interval", uniapl, tables.uniapl,
+        "UniAPL: staged, unified, anchored",
+        "unified against SFT → GRPO, and whether the anchor (λ) moves anything beyond its interval",
+        uniapl,
+        tables.uniapl,
     ),
     "anchor": (
-        "A stronger anchor", "whether accuracy falls towards 0.5, which is coming near or exploiting, and whether entropy and bigrams sink as λ grows",
-        anchor, tables.anchor,
+        "A stronger anchor",
+        "whether accuracy falls towards 0.5, which is coming near or exploiting, and whether entropy and bigrams sink as λ grows",
+        anchor,
+        tables.anchor,
     ),
     "distributions": (
-        "Lengths and expert log-likelihood", "which methods keep the expert's length, and which move away from the expert's answers", distributions, None,
+        "Lengths and expert log-likelihood",
+        "which methods keep the expert's length, and which move away from the expert's answers",
+        distributions,
+        None,
     ),
-    "cost": ("Cost against quality", "up and to the left is better: the same reward for fewer tokens or seconds", cost, None),
+    "cost": (
+        "Cost against quality",
+        "up and to the left is better: the same reward for fewer tokens or seconds",
+        cost,
+        None,
+    ),
 }
 
 

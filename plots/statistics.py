@@ -17,7 +17,9 @@ def two_level_interval(values, level=0.95, n=2000, seed=0):
     """
     x = np.asarray(values, dtype=float)
     if x.ndim != 2 or x.size == 0 or np.isnan(x).any() or not 0 < level < 1:
-        raise ValueError(f"wanted: (seeds, prompts) without NaN and a level between 0 and 1; got shape {x.shape}, level {level}")
+        raise ValueError(
+            f"wanted: (seeds, prompts) without NaN and a level between 0 and 1; got shape {x.shape}, level {level}"
+        )
     rng = np.random.default_rng(seed)
     # How often each seed and each prompt is drawn; the mean of a redrawn matrix is then w x v / (S P).
     w, v = (rng.multinomial(size, np.full(size, 1 / size), size=n) for size in x.shape)  # (n, S), (n, P)
@@ -74,7 +76,13 @@ def compare_paired(a, b):
     d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     mean, low, high = two_level_interval(d)
     unit = "seeds" if len(d) >= 6 else "prompts"
-    return {"difference": mean, "low": low, "high": high, "p": sign_flip_test(d.mean(1 if unit == "seeds" else 0)), "unit": unit}
+    return {
+        "difference": mean,
+        "low": low,
+        "high": high,
+        "p": sign_flip_test(d.mean(1 if unit == "seeds" else 0)),
+        "unit": unit,
+    }
 
 
 def first_reach(x, y, target):
@@ -106,5 +114,12 @@ def reach_ratio(x, a, b, n=2000, seed=0):
         ratios.append(p / q if q else np.nan)
     ratios = np.where(np.isnan(ratios), np.inf, ratios)
     low, high = np.quantile(ratios, [0.025, 0.975], method="closest_observation")
-    return {"target": float(target), "a": here, "b": there, "ratio": here / there if there else float("nan"), "low": float(low),
-            "high": float(high), "never": float(np.isinf(ratios).mean())}
+    return {
+        "target": float(target),
+        "a": here,
+        "b": there,
+        "ratio": here / there if there else float("nan"),
+        "low": float(low),
+        "high": float(high),
+        "never": float(np.isinf(ratios).mean()),
+    }

@@ -23,13 +23,50 @@ from settings import OneLineParser
 
 TEXTS = 8  # held-out answers kept as text
 COLUMNS = (
-    "reward", "reference_reward", "tokens", "reference_tokens", "truncated", "kl", "logp_reference", "judge_reward", "judge_reference_reward",
+    "reward",
+    "reference_reward",
+    "tokens",
+    "reference_tokens",
+    "truncated",
+    "kl",
+    "logp_reference",
+    "judge_reward",
+    "judge_reference_reward",
 )
 METRICS = (  # what the figures draw over steps
-    "step", "reward/mean", "reward/reference", "groups/no_signal", "length/mean", "kl/k1", "entropy", "loss", "tokens/generated", "updates",
-    "time/rollout", "time/update", "share/exploration", "share/imitation", "share/regularizer", "objective/exploration", "objective/imitation",
-    "objective/regularizer", "advantage/reference", "logp/reference", "gradient/imitation", "gradient/preference", "gradient/adversarial", "mu",
-    "score/expert", "score/policy", "score/accuracy", "distinct/2", "stage", "eval/reward", "eval/reference", "eval/kl", "eval/logp_reference",
+    "step",
+    "reward/mean",
+    "reward/reference",
+    "groups/no_signal",
+    "length/mean",
+    "kl/k1",
+    "entropy",
+    "loss",
+    "tokens/generated",
+    "updates",
+    "time/rollout",
+    "time/update",
+    "share/exploration",
+    "share/imitation",
+    "share/regularizer",
+    "objective/exploration",
+    "objective/imitation",
+    "objective/regularizer",
+    "advantage/reference",
+    "logp/reference",
+    "gradient/imitation",
+    "gradient/preference",
+    "gradient/adversarial",
+    "mu",
+    "score/expert",
+    "score/policy",
+    "score/accuracy",
+    "distinct/2",
+    "stage",
+    "eval/reward",
+    "eval/reference",
+    "eval/kl",
+    "eval/logp_reference",
 )
 
 
@@ -41,16 +78,22 @@ def short(value):
 def keep(folder, target, about):
     """Reduce a finished run folder into `target`, whole or not at all -> mean held-out reward at its end."""
     config = json.loads((folder / "config.json").read_text()) | {"study": about}
-    metrics = [{k: short(line[k]) for k in METRICS if k in line} for line in read_jsonl(folder / "metrics.jsonl")]
+    metrics = [
+        {k: short(line[k]) for k in METRICS if k in line} for line in read_jsonl(folder / "metrics.jsonl")
+    ]
     samples, lines = read_jsonl(folder / "samples.jsonl"), []
     for step in sorted({s["step"] for s in samples}):
         part = [s for s in samples if s["step"] == step]
         line = {"step": step} | {k: [short(float(s[k])) for s in part] for k in COLUMNS if k in part[0]}
-        lines.append(line | {"texts": [{k: s[k] for k in ("prompt", "reference", "completion")} for s in part[:TEXTS]]})
+        lines.append(
+            line | {"texts": [{k: s[k] for k in ("prompt", "reference", "completion")} for s in part[:TEXTS]]}
+        )
     with whole_directory(target) as tmp:
         (tmp / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         for name, content in (("metrics", metrics), ("samples", lines)):
-            (tmp / f"{name}.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content))
+            (tmp / f"{name}.jsonl").write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in content)
+            )
     return float(np.mean(lines[-1]["reward"]))
 
 
@@ -76,13 +119,18 @@ class Log:
 
     def tokens(self):
         """(steps, tokens sampled until then)."""
-        steps, found = [line["step"] for line in self.metrics], [line.get("tokens/generated", 0) for line in self.metrics]
+        steps, found = (
+            [line["step"] for line in self.metrics],
+            [line.get("tokens/generated", 0) for line in self.metrics],
+        )
         return np.array(steps), np.maximum.accumulate(found)
 
     def seconds(self):
         """(steps, seconds of rollouts and updates until then): evaluations and start-up are left out."""
         steps = np.array([line["step"] for line in self.metrics])
-        return steps, np.cumsum([line.get("time/rollout", 0.0) + line.get("time/update", 0.0) for line in self.metrics])
+        return steps, np.cumsum(
+            [line.get("time/rollout", 0.0) + line.get("time/update", 0.0) for line in self.metrics]
+        )
 
     @property
     def settings(self):
@@ -97,14 +145,23 @@ def load(folder):
             continue
         try:
             config = json.loads(path.read_text())
-            metrics, samples = (read_jsonl(path.with_name(f"{name}.jsonl")) for name in ("metrics", "samples"))
-            before, after = ({k: np.array(v, dtype=float) if k in COLUMNS else v for k, v in line.items()} for line in (samples[0], samples[-1]))
+            metrics, samples = (
+                read_jsonl(path.with_name(f"{name}.jsonl")) for name in ("metrics", "samples")
+            )
+            before, after = (
+                {k: np.array(v, dtype=float) if k in COLUMNS else v for k, v in line.items()}
+                for line in (samples[0], samples[-1])
+            )
             name, seed = config["study"]["name"], config["study"]["seed"]
             found.setdefault(name, {})[seed] = Log(name, seed, config, metrics, before, after)
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{path.parent}: is damaged ({first_line(error)}); delete it and run plots.compare again") from error
+            raise UserError(
+                f"{path.parent}: is damaged ({first_line(error)}); delete it and run plots.compare again"
+            ) from error
     if not found:
-        raise UserError(f"{folder}: holds no logs of the study (NAME/seed-N/config.json); make them with python -m plots.compare --out {folder}")
+        raise UserError(
+            f"{folder}: holds no logs of the study (NAME/seed-N/config.json); make them with python -m plots.compare --out {folder}"
+        )
     return {name: dict(sorted(seeds.items())) for name, seeds in found.items()}
 
 
@@ -130,7 +187,9 @@ def matrix(logs, name, measure, seeds=None):
         else:
             rows.append(after[judged + "reward" if measure == "judged" else measure])
     if len({len(row) for row in rows}) > 1:
-        raise UserError(f"{name}: its seeds answered different numbers of held-out prompts; run them with one suite")
+        raise UserError(
+            f"{name}: its seeds answered different numbers of held-out prompts; run them with one suite"
+        )
     return np.array(rows)
 
 
@@ -146,4 +205,6 @@ def swapped(source, share):
 
 
 def parser(doc):
-    return OneLineParser(description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return OneLineParser(
+        description=doc, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )

@@ -58,11 +58,22 @@ ABLATIONS = {
 BETAS, LAMBDAS = (0.0, 0.25, 0.5, 1.0), (0.0, 0.6, 1.2)
 SENSITIVITY = {f"grao-beta{b:g}-lam{m:g}": (b, m) for b in BETAS for m in LAMBDAS if (b, m) != (BETA, LAMBDA)}
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of right references
-IMITATORS = ("sft", "sft-grpo", "grao", "uniapl")  # what the references' quality reaches; GRPO does not look at them
-QUALITY = {f"{m}-quality{share:g}": (m, share) for m in IMITATORS for share in SHARES} | {"grpo-quality1": ("grpo", 1.0)}
+IMITATORS = (
+    "sft",
+    "sft-grpo",
+    "grao",
+    "uniapl",
+)  # what the references' quality reaches; GRPO does not look at them
+QUALITY = {f"{m}-quality{share:g}": (m, share) for m in IMITATORS for share in SHARES} | {
+    "grpo-quality1": ("grpo", 1.0)
+}
 STAGED = ("a-sft", "a-grpo", "sft-a-grpo", "a-sft-a-grpo", "chord", "ptx", "luffy", "hpt")
 STRENGTHS = {  # name -> lambda_adv; 0.1 is the default
-    "uniapl-lambda0.3": 0.3, "uniapl-lambda1": 1.0, "uniapl-lambda3": 3.0, "a-grpo-lambda1": 1.0, "shaping-lambda1": 1.0,
+    "uniapl-lambda0.3": 0.3,
+    "uniapl-lambda1": 1.0,
+    "uniapl-lambda3": 3.0,
+    "a-grpo-lambda1": 1.0,
+    "shaping-lambda1": 1.0,
 }
 
 
@@ -73,8 +84,13 @@ def with_flags(name, flags):
 
 METHODS |= {name: with_flags("grao", flags) for name, flags in ABLATIONS.items()}
 METHODS |= {name: with_flags("grao", f"--beta {b:g} --lam {m:g}") for name, (b, m) in SENSITIVITY.items()}
-METHODS |= {name: with_flags(m, f"--data {{graded}}/quality-{share:g}.jsonl") for name, (m, share) in QUALITY.items()}
-METHODS |= {name: with_flags(name.split("-lambda")[0], f"--lambda-adv {strength:g}") for name, strength in STRENGTHS.items()}
+METHODS |= {
+    name: with_flags(m, f"--data {{graded}}/quality-{share:g}.jsonl") for name, (m, share) in QUALITY.items()
+}
+METHODS |= {
+    name: with_flags(name.split("-lambda")[0], f"--lambda-adv {strength:g}")
+    for name, strength in STRENGTHS.items()
+}
 
 UNANCHORED = ("sft-grpo", "chord", "ptx", "luffy", "hpt")  # programs of uniapl.py without a discriminator
 PARTS = {
@@ -82,7 +98,17 @@ PARTS = {
     "ablations": ("grao", *ABLATIONS),
     "sensitivity": ("grao", *SENSITIVITY),
     "quality": tuple(QUALITY),
-    "uniapl": ("sft", "grpo", "sft-grpo", "uniapl", *STAGED, "shaping", *STRENGTHS, "uniapl-embedding", "uniapl-cotrained"),
+    "uniapl": (
+        "sft",
+        "grpo",
+        "sft-grpo",
+        "uniapl",
+        *STAGED,
+        "shaping",
+        *STRENGTHS,
+        "uniapl-embedding",
+        "uniapl-cotrained",
+    ),
 }
 
 
@@ -101,21 +127,29 @@ class Suite:
 SUITES = {
     "tiny": Suite(
         "--model tiny --steps 50 --prompts-per-step 16 --group-size 8 --max-new-tokens 24 --eval-prompts 256 --eval-every 10",
-        dict(comparison=10, ablations=5, sensitivity=2, quality=3, uniapl=2), "5e-4 1e-3 2e-3 4e-3", level="tiny",
-        extra={"ppo-4": 5}, sparse="--eval-every 25",
+        dict(comparison=10, ablations=5, sensitivity=2, quality=3, uniapl=2),
+        "5e-4 1e-3 2e-3 4e-3",
+        level="tiny",
+        extra={"ppo-4": 5},
+        sparse="--eval-every 25",
     ),
     "smollm2": Suite(
         "--model {model} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
-        dict(comparison=3, ablations=1, sensitivity=1, quality=1, uniapl=1), "1e-4 3e-4 1e-3",
+        dict(comparison=3, ablations=1, sensitivity=1, quality=1, uniapl=1),
+        "1e-4 3e-4 1e-3",
     ),
     "qwen3": Suite(
         "--model {model} --steps 200 --prompts-per-step 8 --group-size 8 --max-new-tokens 256 --eval-prompts 200 --eval-every 20",
-        dict(comparison=3, ablations=3, sensitivity=1, quality=1, uniapl=1), "3e-5 1e-4 3e-4",
+        dict(comparison=3, ablations=3, sensitivity=1, quality=1, uniapl=1),
+        "3e-5 1e-4 3e-4",
     ),
     "hh": Suite(
         "--model {model} --data {data} --reward {reward} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --max-prompt-tokens 256 "
         "--max-reference-tokens 128 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
-        dict(comparison=1, ablations=1, sensitivity=1, quality=1, uniapl=1), "1e-4 3e-4 1e-3", level=None, polar=False,
+        dict(comparison=1, ablations=1, sensitivity=1, quality=1, uniapl=1),
+        "1e-4 3e-4 1e-3",
+        level=None,
+        polar=False,
     ),
 }
 # --quick: the same programs and figures with next to no training; a later flag wins over an earlier one.
@@ -124,7 +158,16 @@ QUICK_UNIAPL = "--discriminator-pairs 16 --discriminator-epochs 1 --discriminato
 QUICK_NAMES = {
     "sensitivity": ("grao", "grao-beta0.5-lam0", "grao-beta0.25-lam0.6", "grao-beta0.25-lam0"),
     "quality": ("sft-quality0.25", "sft-quality1", "grao-quality0.25", "grao-quality1", "grpo-quality1"),
-    "uniapl": ("sft", "grpo", "sft-grpo", "uniapl", "a-grpo", "shaping", "uniapl-lambda1", "uniapl-embedding"),
+    "uniapl": (
+        "sft",
+        "grpo",
+        "sft-grpo",
+        "uniapl",
+        "a-grpo",
+        "shaping",
+        "uniapl-lambda1",
+        "uniapl-embedding",
+    ),
 }
 
 
@@ -154,12 +197,16 @@ def run(suite, name, seed, quick=False):
     words = f"{s.flags} {flags}"
     if name not in COMPARED and name not in (s.extra or {}):
         words += f" {s.sparse}"
-    if program == "uniapl.py" and not s.polar and "--discriminator" not in flags and flags.split()[1] not in UNANCHORED:
+    if (
+        program == "uniapl.py"
+        and not s.polar
+        and "--discriminator" not in flags
+        and flags.split()[1] not in UNANCHORED
+    ):
         words += " --discriminator embedding"
     if quick:
         words += f" {QUICK}" + (f" {QUICK_UNIAPL}" if program == "uniapl.py" else "")
     return Run(name, seed, program, (*words.split(), "--seed", str(seed)), tuple(sweeps.split()))
-
 
 
 def sweep(suite, key):

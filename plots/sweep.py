@@ -42,17 +42,26 @@ def train_reward(method, given, lr, folder):
 def final_reward(method, given, path):
     """The policy that a finished run has left in `path`, on its training prompts."""
     method = dataclasses.replace(method, setup=None)  # sampling needs no value function and no discriminator
-    trainer = train.Trainer(method, check_settings(method.config(**given | {"from_adapter": str(path / "adapter")})))
+    trainer = train.Trainer(
+        method, check_settings(method.config(**given | {"from_adapter": str(path / "adapter")}))
+    )
     trainer.held_out = trainer.records[:MOST]
     measured = summary(trainer.evaluate())
-    return {"lr": given["lr"], "prompts": len(trainer.held_out)} | {key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")}
+    return {"lr": given["lr"], "prompts": len(trainer.held_out)} | {
+        key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")
+    }
 
 
 def last_rewards(settings, lines, last):
     """A finished run's samples of its `last` steps -> {"lr", "steps", "samples", "reward"}."""
     lines = lines[-last:]
     samples = len(lines) * settings["prompts_per_step"] * settings["group_size"]
-    return {"lr": settings["lr"], "steps": lines[-1]["step"], "samples": samples, "reward": sum(line["reward/mean"] for line in lines) / len(lines)}
+    return {
+        "lr": settings["lr"],
+        "steps": lines[-1]["step"],
+        "samples": samples,
+        "reward": sum(line["reward/mean"] for line in lines) / len(lines),
+    }
 
 
 def finished(method, paths, last):
@@ -69,22 +78,32 @@ def finished(method, paths, last):
         if name != method.name:
             raise UserError(f"--runs {path}: is a run of {name}, not of {method.name}")
         if not lines and not all(kept):
-            raise UserError(f"--runs {path}: {name} draws no samples in training, so every run's adapter is needed")
+            raise UserError(
+                f"--runs {path}: {name} draws no samples in training, so every run's adapter is needed"
+            )
         runs.append((path, settings, lines))
     if any(kept) and not all(kept):
-        raise UserError(f"--runs {paths[kept.index(False)]}: has no adapter, {paths[kept.index(True)]} has one, and the two measures do not compare")
+        raise UserError(
+            f"--runs {paths[kept.index(False)]}: has no adapter, {paths[kept.index(True)]} has one, and the two measures do not compare"
+        )
     for path, settings, lines in runs:
         yield final_reward(method, settings, path) if all(kept) else last_rewards(settings, lines, last)
 
 
 def main(argv):
     mine, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("method", choices=METHODS)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--lrs", type=float, nargs="+", help="learning rates to try")
-    which.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs that differ in their learning rate")
-    parser.add_argument("--last", type=int, default=10, help="--runs without adapters: steps whose samples count [10]")
+    which.add_argument(
+        "--runs", type=Path, nargs="+", help="folders of finished runs that differ in their learning rate"
+    )
+    parser.add_argument(
+        "--last", type=int, default=10, help="--runs without adapters: steps whose samples count [10]"
+    )
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args(mine)
     if args.last < 1:
@@ -93,11 +112,19 @@ def main(argv):
     given = parse(method.config, theirs, "")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        measured = (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs) if args.lrs else finished(method, args.runs, args.last)
+        measured = (
+            (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs)
+            if args.lrs
+            else finished(method, args.runs, args.last)
+        )
         for row in measured:
             rows.append(row)
             print(row)
-            result = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment(), "rows": rows}
+            result = {
+                "command": "python -m plots.sweep " + " ".join(argv),
+                "environment": environment(),
+                "rows": rows,
+            }
             write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")
     return rows
 

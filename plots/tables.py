@@ -19,16 +19,25 @@ LABELS = {
 # arXiv 2508.07750, tables 1 to 3: (RAS, NAG) in percent of Qwen2.5-7B and Moonlight-16B; judge DeepSeek-V3.
 PAPER = {
     "helpful": {
-        "sft": ((30.95, 0.28), (43.45, -1.64)), "dpo": ((57.75, 54.12), (56.24, 26.20)), "ppo": ((60.87, 60.27), (64.37, 40.35)),
-        "grpo": ((60.89, 60.74), (68.89, 50.82)), "grao": ((64.60, 67.98), (70.84, 55.06)),
+        "sft": ((30.95, 0.28), (43.45, -1.64)),
+        "dpo": ((57.75, 54.12), (56.24, 26.20)),
+        "ppo": ((60.87, 60.27), (64.37, 40.35)),
+        "grpo": ((60.89, 60.74), (68.89, 50.82)),
+        "grao": ((64.60, 67.98), (70.84, 55.06)),
     },
     "harmless": {
-        "sft": ((51.43, 0.61), (60.52, 0.34)), "dpo": ((61.86, 25.32), (62.49, 3.98)), "ppo": ((66.11, 27.79), (70.97, 20.16)),
-        "grpo": ((65.61, 28.26), (68.08, 12.11)), "grao": ((68.01, 31.06), (76.82, 34.85)),
+        "sft": ((51.43, 0.61), (60.52, 0.34)),
+        "dpo": ((61.86, 25.32), (62.49, 3.98)),
+        "ppo": ((66.11, 27.79), (70.97, 20.16)),
+        "grpo": ((65.61, 28.26), (68.08, 12.11)),
+        "grao": ((68.01, 31.06), (76.82, 34.85)),
     },
 }
 PAPER_ABLATIONS = {  # NAG on helpful-base
-    "grao": (67.98, 55.06), "grao-without-imitation": (63.79, 49.87), "grao-without-exploration": (64.38, 43.86), "grao-without-regularizer": (61.18, 46.26),
+    "grao": (67.98, 55.06),
+    "grao-without-imitation": (63.79, 49.87),
+    "grao-without-exploration": (64.38, 43.86),
+    "grao-without-regularizer": (61.18, 46.26),
 }
 
 
@@ -42,13 +51,18 @@ def label(name):
 
 
 def markdown(header, rows):
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n"
+    return (
+        "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows))
+        + "\n"
+    )
 
 
 def interval(values, digits=3, percent=False, sign=False):
     """A matrix (S, P) -> "mean [low, high]"."""
     scale, digits = (100, 1) if percent else (1, digits)
-    mean, low, high = (round(scale * x, digits) + 0.0 for x in two_level_interval(values))  # + 0.0: never -0.0
+    mean, low, high = (
+        round(scale * x, digits) + 0.0 for x in two_level_interval(values)
+    )  # + 0.0: never -0.0
     plus = "+" if sign else ""
     return f"{mean:{plus}.{digits}f} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]"
 
@@ -77,11 +91,30 @@ def budgets(logs):
         rates = f"{c['lr']:g}" + (f", then {c['switch_lr']:g}" if c.get("switch_lr") else "")
         seconds = np.median([run.seconds()[1][-1] for run in runs])
         drawn = sampling * c["prompts_per_step"] * c["group_size"]
-        rows.append([
-            label(name), len(runs), c["steps"], f"{updates:g}", c["prompts_per_step"], f"{drawn:,}", f"{np.mean(sampled):,.0f}", rates,
-            runs[0].config["study"]["learning_rate"], f"{seconds:.0f}",
-        ])
-    header = ["", "seeds", "steps", "optimiser updates", "prompts a step", "samples", "generated tokens", "learning rate"]
+        rows.append(
+            [
+                label(name),
+                len(runs),
+                c["steps"],
+                f"{updates:g}",
+                c["prompts_per_step"],
+                f"{drawn:,}",
+                f"{np.mean(sampled):,.0f}",
+                rates,
+                runs[0].config["study"]["learning_rate"],
+                f"{seconds:.0f}",
+            ]
+        )
+    header = [
+        "",
+        "seeds",
+        "steps",
+        "optimiser updates",
+        "prompts a step",
+        "samples",
+        "generated tokens",
+        "learning rate",
+    ]
     text = markdown([*header, "chosen from (reward on training prompts)", "s a run"], rows)
     environments = [run.config["environment"] for runs in logs.values() for run in runs.values()]
     about, commits = environments[0], sorted({str(each["commit"]) for each in environments})
@@ -101,20 +134,62 @@ def comparison(logs):
     seeds = {name: list(logs[name]) for name in names}
     judged = "judge_reward" in logs[names[0]][seeds[names[0]][0]].after
     some = logs[names[0]]
-    base = {k: np.array([log.before[k] for log in some.values()]) for k in next(iter(some.values())).before if k not in ("step", "texts")}
+    base = {
+        k: np.array([log.before[k] for log in some.values()])
+        for k in next(iter(some.values())).before
+        if k not in ("step", "texts")
+    }
     prefix = "judge_" if judged else ""
-    header = ["", "seeds", "RAS, %", "NAG, %", "mean reward", *(["by the judge"] if judged else []), "KL to base, nats/answer", "length, tokens", "cut, %"]
-    rows = [[
-        LABELS["base"], len(some), interval(base[prefix + "reward"] > base[prefix + "reference_reward"], percent=True), "", interval(base["reward"]),
-        *([interval(base["judge_reward"])] if judged else []), "0", interval(base["tokens"], 1), f"{100 * base['truncated'].mean():.1f}",
-    ]]
+    header = [
+        "",
+        "seeds",
+        "RAS, %",
+        "NAG, %",
+        "mean reward",
+        *(["by the judge"] if judged else []),
+        "KL to base, nats/answer",
+        "length, tokens",
+        "cut, %",
+    ]
+    rows = [
+        [
+            LABELS["base"],
+            len(some),
+            interval(base[prefix + "reward"] > base[prefix + "reference_reward"], percent=True),
+            "",
+            interval(base["reward"]),
+            *([interval(base["judge_reward"])] if judged else []),
+            "0",
+            interval(base["tokens"], 1),
+            f"{100 * base['truncated'].mean():.1f}",
+        ]
+    ]
     for name in names:
-        m = {measure: matrix(logs, name, measure) for measure in ("ras", "nag", "reward", "kl", "tokens", "truncated", *(["judged"] if judged else []))}
-        rows.append([
-            f"**{label(name)}**" if name == "grao" else label(name), len(seeds[name]), interval(m["ras"], percent=True),
-            interval(m["nag"], percent=True, sign=True), interval(m["reward"]), *([interval(m["judged"])] if judged else []),
-            interval(m["kl"], 2), interval(m["tokens"], 1), f"{100 * m['truncated'].mean():.1f}",
-        ])
+        m = {
+            measure: matrix(logs, name, measure)
+            for measure in (
+                "ras",
+                "nag",
+                "reward",
+                "kl",
+                "tokens",
+                "truncated",
+                *(["judged"] if judged else []),
+            )
+        }
+        rows.append(
+            [
+                f"**{label(name)}**" if name == "grao" else label(name),
+                len(seeds[name]),
+                interval(m["ras"], percent=True),
+                interval(m["nag"], percent=True, sign=True),
+                interval(m["reward"]),
+                *([interval(m["judged"])] if judged else []),
+                interval(m["kl"], 2),
+                interval(m["tokens"], 1),
+                f"{100 * m['truncated'].mean():.1f}",
+            ]
+        )
     share = np.mean(some[seeds[names[0]][0]].after["reference_reward"])
     text = markdown(header, rows) + missing_note(logs, suites.COMPARED)
     text += "\nMean and 95 % interval, seeds and held-out prompts redrawn. NAG is wins minus losses against the policy before training. "
@@ -133,11 +208,32 @@ def paired(logs, names, measure):
     for name in others:
         seeds = common_seeds(logs, ["grao", name])
         if seeds:
-            found.append((name, seeds, compare_paired(*(matrix(logs, n, measure, seeds) for n in ("grao", name)))))
+            found.append(
+                (name, seeds, compare_paired(*(matrix(logs, n, measure, seeds) for n in ("grao", name))))
+            )
     rows = []
     for (name, seeds, r), p in zip(found, holm([r["p"] for *_, r in found])):
-        rows.append([f"GRAO − {label(name)}", len(seeds), difference(r), f"{r['p']:.2g}", f"**{p:.2g}**" if p < 0.05 else f"{p:.2g}", r["unit"]])
-    text = markdown(["mean reward" + (" by the judge" if measure == "judged" else ""), "seeds", "difference", "p", "p, Holm", "flipped"], rows)
+        rows.append(
+            [
+                f"GRAO − {label(name)}",
+                len(seeds),
+                difference(r),
+                f"{r['p']:.2g}",
+                f"**{p:.2g}**" if p < 0.05 else f"{p:.2g}",
+                r["unit"],
+            ]
+        )
+    text = markdown(
+        [
+            "mean reward" + (" by the judge" if measure == "judged" else ""),
+            "seeds",
+            "difference",
+            "p",
+            "p, Holm",
+            "flipped",
+        ],
+        rows,
+    )
     return text + (
         "\nSign-flip permutation test of the paired differences (same seed, same prompts), two-sided. Flipped: seeds where there are six or more; "
         "otherwise prompts, which says nothing about seeds that were not run.\n"
@@ -155,9 +251,22 @@ def paper(logs, names):
     header += [f"paper: {model}, {data}-base" for data in PAPER for model in ("Qwen2.5-7B", "Moonlight-16B")]
     for name in names:
         ours = " / ".join(f"{100 * matrix(logs, name, measure).mean():.1f}" for measure in ("ras", "nag"))
-        rows.append([label(name), ours, *(f"{cell[0]:.2f} / {cell[1]:.2f}" for table in PAPER.values() for cell in table.get(name, ()))])
+        rows.append(
+            [
+                label(name),
+                ours,
+                *(
+                    f"{cell[0]:.2f} / {cell[1]:.2f}"
+                    for table in PAPER.values()
+                    for cell in table.get(name, ())
+                ),
+            ]
+        )
         rows[-1] += ["–"] * (len(header) - len(rows[-1]))
-    return markdown(header, rows) + "\nThe paper: HH-RLHF, a judge (DeepSeek-V3) that compares with the reference; other models, data and reward than ours.\n"
+    return (
+        markdown(header, rows)
+        + "\nThe paper: HH-RLHF, a judge (DeepSeek-V3) that compares with the reference; other models, data and reward than ours.\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -176,12 +285,23 @@ def reach(logs):
         if len({len(row) for row in [*a, *b]}) > 1:
             continue
         r = reach_ratio(steps, a, b)
-        ratio, low, high = (f"{x:.2f}" if np.isfinite(x) else "never" for x in (r["ratio"], r["low"], r["high"]))
+        ratio, low, high = (
+            f"{x:.2f}" if np.isfinite(x) else "never" for x in (r["ratio"], r["low"], r["high"])
+        )
         here = f"{r['a']:.1f}" if np.isfinite(r["a"]) else f"not in {steps[-1]}"
         rows.append([label(name), len(seeds), here, f"{ratio} [{low}, {high}]", f"{r['never']:.0%}"])
     if not rows:
         return "GRPO is not in these logs, so there is no reward of its to reach.\n"
-    text = markdown(["", "seeds", "steps to GRPO's final reward", "of GRPO's steps [95 %]", "redraws that never get there"], rows)
+    text = markdown(
+        [
+            "",
+            "seeds",
+            "steps to GRPO's final reward",
+            "of GRPO's steps [95 %]",
+            "redraws that never get there",
+        ],
+        rows,
+    )
     target = np.mean([log.last("eval/reward") for log in logs["grpo"].values()])
     text += f"\nGRPO's final mean held-out reward is {target:.3f} over its {len(logs['grpo'])} seeds; a method with fewer is compared on those it has. "
     text += "Means over seeds, linear between evaluations, seeds redrawn."
@@ -190,15 +310,37 @@ def reach(logs):
 
 def plain(logs, names, extra=()):
     """Name, seeds, reward, NAG, KL, length, seconds of each, and further columns: (title, function of name)."""
-    header = ["", "seeds", "mean reward", "NAG, %", "KL, nats/answer", "length", "generated tokens", "s a run", *(title for title, _ in extra)]
+    header = [
+        "",
+        "seeds",
+        "mean reward",
+        "NAG, %",
+        "KL, nats/answer",
+        "length",
+        "generated tokens",
+        "s a run",
+        *(title for title, _ in extra),
+    ]
     rows = []
     for name in present(logs, names):
         m = {measure: matrix(logs, name, measure) for measure in ("reward", "nag", "kl", "tokens")}
-        cost = np.mean([log.tokens()[1][-1] for log in logs[name].values()]), np.median([log.seconds()[1][-1] for log in logs[name].values()])
-        rows.append([
-            label(name), len(m["reward"]), interval(m["reward"]), interval(m["nag"], percent=True, sign=True), interval(m["kl"], 2), interval(m["tokens"], 1),
-            f"{cost[0]:,.0f}", f"{cost[1]:.0f}", *(column(name) for _, column in extra),
-        ])
+        cost = (
+            np.mean([log.tokens()[1][-1] for log in logs[name].values()]),
+            np.median([log.seconds()[1][-1] for log in logs[name].values()]),
+        )
+        rows.append(
+            [
+                label(name),
+                len(m["reward"]),
+                interval(m["reward"]),
+                interval(m["nag"], percent=True, sign=True),
+                interval(m["kl"], 2),
+                interval(m["tokens"], 1),
+                f"{cost[0]:,.0f}",
+                f"{cost[1]:.0f}",
+                *(column(name) for _, column in extra),
+            ]
+        )
     return markdown(header, rows) + missing_note(logs, names)
 
 
@@ -207,14 +349,21 @@ def ablations(logs):
     seeds = common_seeds(logs, present(logs, names))
     same = {name: {seed: logs[name][seed] for seed in seeds} for name in present(logs, names)}
     printed = {name: "{:.2f} / {:.2f}".format(*cells) for name, cells in PAPER_ABLATIONS.items()}
-    text = plain(same, names, [("paper: NAG, Qwen2.5-7B / Moonlight-16B", lambda name: printed.get(name, "–"))])
+    text = plain(
+        same, names, [("paper: NAG, Qwen2.5-7B / Moonlight-16B", lambda name: printed.get(name, "–"))]
+    )
     beta, clip = suites.equivalent(suites.BETA, suites.LAMBDA, suites.GROUP)
     text += (
         f"\nRe-weighted: `--without regularizer --beta {beta:.4g} --max-grad-norm {clip:.4g}`, which eq. (3) says is the full objective over 1 + λ: "
         "(1 + λ) E + (β + λ/G) I = (1 + λ) (E + β' I), and AdamW does not see the factor.\n"
     )
     if "grao-equivalent" in same and seeds:
-        gaps = [np.abs(same["grao"][s].curve("reward/mean")[1] - same["grao-equivalent"][s].curve("reward/mean")[1]).max() for s in seeds]
+        gaps = [
+            np.abs(
+                same["grao"][s].curve("reward/mean")[1] - same["grao-equivalent"][s].curve("reward/mean")[1]
+            ).max()
+            for s in seeds
+        ]
         text += f"Largest gap between the two runs' training rewards at any step, over {len(seeds)} seeds: {max(gaps):.3f}. Rounding alone sets them apart.\n"
     return text
 
@@ -225,10 +374,22 @@ def quality(logs):
     for method in suites.IMITATORS:
         cells = [f"{method}-quality{share:g}" for share in suites.SHARES]
         if present(logs, cells):
-            rows.append([label(method), *(interval(matrix(logs, name, "reward")) if name in logs else "–" for name in cells)])
+            rows.append(
+                [
+                    label(method),
+                    *(interval(matrix(logs, name, "reward")) if name in logs else "–" for name in cells),
+                ]
+            )
     if "grpo-quality1" in logs:
-        rows.append([label("grpo") + " (does not read them)", *[interval(matrix(logs, "grpo-quality1", "reward"))] * len(suites.SHARES)])
-    return markdown(["mean reward, by share of right references", *(f"{share:.0%}" for share in suites.SHARES)], rows) + crossings(logs)
+        rows.append(
+            [
+                label("grpo") + " (does not read them)",
+                *[interval(matrix(logs, "grpo-quality1", "reward"))] * len(suites.SHARES),
+            ]
+        )
+    return markdown(
+        ["mean reward, by share of right references", *(f"{share:.0%}" for share in suites.SHARES)], rows
+    ) + crossings(logs)
 
 
 def crossings(logs):
@@ -237,34 +398,63 @@ def crossings(logs):
         return ""
     text = ""
     for method in suites.IMITATORS:
-        seeds = {share: common_seeds(logs, ["grpo-quality1", name]) for share in suites.SHARES if (name := f"{method}-quality{share:g}") in logs}
+        seeds = {
+            share: common_seeds(logs, ["grpo-quality1", name])
+            for share in suites.SHARES
+            if (name := f"{method}-quality{share:g}") in logs
+        }
         shares = [share for share in seeds if seeds[share]]
-        gaps = [matrix(logs, f"{method}-quality{s:g}", "reward", seeds[s]).mean() - matrix(logs, "grpo-quality1", "reward", seeds[s]).mean() for s in shares]
-        found = [s + (t - s) * a / (a - b) for s, t, a, b in zip(shares, shares[1:], gaps, gaps[1:]) if a * b < 0]
+        gaps = [
+            matrix(logs, f"{method}-quality{s:g}", "reward", seeds[s]).mean()
+            - matrix(logs, "grpo-quality1", "reward", seeds[s]).mean()
+            for s in shares
+        ]
+        found = [
+            s + (t - s) * a / (a - b) for s, t, a, b in zip(shares, shares[1:], gaps, gaps[1:]) if a * b < 0
+        ]
         if gaps:
-            side = "ahead" if min(gaps) > 0 else "behind" if max(gaps) < 0 else "level somewhere, on one side of it elsewhere"
+            side = (
+                "ahead"
+                if min(gaps) > 0
+                else "behind"
+                if max(gaps) < 0
+                else "level somewhere, on one side of it elsewhere"
+            )
             where = " and ".join(f"{x:.0%}" for x in found)
-            text += f"\n{label(method)} " + (f"crosses GRPO at {where} of right references." if found else f"does not cross GRPO: {side}.")
+            text += f"\n{label(method)} " + (
+                f"crosses GRPO at {where} of right references." if found else f"does not cross GRPO: {side}."
+            )
     return text + "\n"
 
 
 def uniapl(logs):
     """The staged and unified pipelines, the strengths and the discriminators: the difference from GRPO, and the log-likelihood of expert answers."""
+
     def over_grpo(name):
         seeds = common_seeds(logs, ["grpo", name]) if "grpo" in logs and name != "grpo" else []
-        return difference(compare_paired(*(matrix(logs, n, "reward", seeds) for n in (name, "grpo")))) if seeds else "–"
+        return (
+            difference(compare_paired(*(matrix(logs, n, "reward", seeds) for n in (name, "grpo"))))
+            if seeds
+            else "–"
+        )
 
     def expert(name):
         return interval(matrix(logs, name, "logp_reference"), 2)
 
     names = suites.PARTS["uniapl"]
     same = {name: logs[name] for name in present(logs, names)}
-    text = plain(same, names, [("reward − GRPO's, same seeds", over_grpo), ("log p of the expert, nats/token", expert)])
-    return text + "\nThe paper: +5.77 % over GRPO on Qwen3-0.6B and +3.75 % on Qwen3-4B, its staged pipeline; other data and benchmarks than ours.\n"
+    text = plain(
+        same, names, [("reward − GRPO's, same seeds", over_grpo), ("log p of the expert, nats/token", expert)]
+    )
+    return (
+        text
+        + "\nThe paper: +5.77 % over GRPO on Qwen3-0.6B and +3.75 % on Qwen3-4B, its staged pipeline; other data and benchmarks than ours.\n"
+    )
 
 
 def anchor(logs):
     """What the discriminator tells apart and what is left of exploration, in the first and the last fifth of training; means over seeds."""
+
     def fifths(name, metric):
         rows = [log.curve(metric)[1] for log in logs[name].values()]
         if not all(map(len, rows)):
@@ -272,9 +462,17 @@ def anchor(logs):
         n = max(1, len(rows[0]) // 5)
         return f"{np.mean([row[:n] for row in rows]):.3f} → {np.mean([row[-n:] for row in rows]):.3f}"
 
-    columns = {"expert told from policy": "score/accuracy", "entropy, nats/token": "entropy", "distinct bigrams": "distinct/2", "length": "length/mean"}
+    columns = {
+        "expert told from policy": "score/accuracy",
+        "entropy, nats/token": "entropy",
+        "distinct bigrams": "distinct/2",
+        "length": "length/mean",
+    }
     names = present(logs, ("chord", "uniapl", *suites.STRENGTHS, "uniapl-embedding", "uniapl-cotrained"))
-    return markdown(["first → last fifth", "seeds", *columns], [[label(n), len(logs[n]), *(fifths(n, m) for m in columns.values())] for n in names])
+    return markdown(
+        ["first → last fifth", "seeds", *columns],
+        [[label(n), len(logs[n]), *(fifths(n, m) for m in columns.values())] for n in names],
+    )
 
 
 def samples(logs, count=6):
@@ -286,7 +484,10 @@ def samples(logs, count=6):
     names = [name for name in names if logs[name][seed].after.get("texts")]
     if not names:
         return "The logs hold no texts.\n"
-    first, text = logs[names[0]][seed], f"# The same prompts, answered by every method (seed {seed})\n\nIn brackets: the reward.\n"
+    first, text = (
+        logs[names[0]][seed],
+        f"# The same prompts, answered by every method (seed {seed})\n\nIn brackets: the reward.\n",
+    )
     for i, before in enumerate(first.before["texts"][:count]):
         prompt = before["prompt"] if isinstance(before["prompt"], str) else before["prompt"][-1]["content"]
         rows = [
@@ -296,7 +497,14 @@ def samples(logs, count=6):
         for name in names:
             after = logs[name][seed].after
             same = after["texts"][i]["prompt"] == before["prompt"]
-            rows.append([label(name), f"{quoted(after['texts'][i]['completion'])} ({after['reward'][i]:g})" if same else "(other prompts)"])
+            rows.append(
+                [
+                    label(name),
+                    f"{quoted(after['texts'][i]['completion'])} ({after['reward'][i]:g})"
+                    if same
+                    else "(other prompts)",
+                ]
+            )
         text += f"\n**{quoted(prompt, 600)}**\n\n" + markdown(["", ""], rows)
     return text
 

@@ -21,7 +21,22 @@ from policy import Policy  # noqa: E402
 
 # The last two take the generic decoder: rotary on a part of each head and a bias on the output head; parallel residuals and a fused qkv.
 FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "phi", "gpt_neox")
-WORDS = ["<unk>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "user", "assistant", "system", "list", "3", "animals", "cat", "dog"]
+WORDS = [
+    "<unk>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "user",
+    "assistant",
+    "system",
+    "list",
+    "3",
+    "animals",
+    "cat",
+    "dog",
+]
 WORDS += "abcdefghijklmnopqrstuvwxyz"  # all that is left of a text for Qwen2, whose own tokenizer class transformers insists on
 WORDS += [f"w{i}" for i in range(97 - len(WORDS))]
 END_OF_TEXT, END_OF_TURN = 1, 3
@@ -49,11 +64,20 @@ def write_model(directory, family, seed=1, **changes):
         config |= dict(num_key_value_heads=2, head_dim=16)
     if family == "mistral":
         config |= dict(sliding_window=None)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **config | changes), dtype=torch.float32)
-    for name, p in model.named_parameters():  # transformers initialises these to 0 and 1, where forgetting them would not show
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(family, **config | changes), dtype=torch.float32
+    )
+    for (
+        name,
+        p,
+    ) in (
+        model.named_parameters()
+    ):  # transformers initialises these to 0 and 1, where forgetting them would not show
         if "bias" in name or "norm" in name:
             p.data += 0.2 * torch.randn_like(p)
-    model.generation_config = transformers.GenerationConfig(eos_token_id=[END_OF_TURN, END_OF_TEXT], pad_token_id=END_OF_TURN)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=[END_OF_TURN, END_OF_TEXT], pad_token_id=END_OF_TURN
+    )
     model.save_pretrained(directory)
 
 
@@ -78,7 +102,9 @@ def load(model_dir):
     """load("llama", quantize="nf4") -> a new Policy, fp32 on the CPU, with random LoRA B matrices unless `fresh`."""
 
     def get(family="qwen3", fresh=False, **options):
-        policy = Policy.load(model_dir(family), **dict(device="cpu", dtype="float32", lora_rank=4, lora_alpha=8) | options)
+        policy = Policy.load(
+            model_dir(family), **dict(device="cpu", dtype="float32", lora_rank=4, lora_alpha=8) | options
+        )
         if not fresh:
             randomise(policy)
         return policy
@@ -109,7 +135,9 @@ def oracle(shared, tmp_path_factory):
 
 
 def reload(source, adapter):
-    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, attn_implementation="eager")
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=torch.float32, attn_implementation="eager"
+    )
     return PeftModel.from_pretrained(base, str(adapter), is_trainable=True).eval()
 
 
@@ -134,7 +162,9 @@ def dense_logps(model, prompt, completion, temperature=1.0, left=0, right=0):
     mask = torch.ones_like(ids)
     mask[:, :left] = 0
     mask[:, ids.shape[1] - right :] = 0
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[0]
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)
+    ).logits[0]
     logp = (logits[left + len(prompt) - 1 :][: len(completion)] / temperature).log_softmax(-1)
     return logp.gather(-1, torch.tensor(completion)[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 

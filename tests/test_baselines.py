@@ -24,7 +24,22 @@ from record import read_jsonl
 from settings import METRICS, check_settings, parse
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--model", "tiny", "--steps", "3", "--prompts-per-step", "3", "--group-size", "4", "--eval-prompts", "6", "--eval-every", "2", "--warmup-steps", "0"]
+SMALL = [
+    "--model",
+    "tiny",
+    "--steps",
+    "3",
+    "--prompts-per-step",
+    "3",
+    "--group-size",
+    "4",
+    "--eval-prompts",
+    "6",
+    "--eval-every",
+    "2",
+    "--warmup-steps",
+    "0",
+]
 TEST = {"ppo": ["--ppo-epochs", "2", "--minibatches", "2"]}
 CLOCK = ("time/", "tokens/per_second", "memory/")  # metrics that differ from run to run
 
@@ -67,16 +82,31 @@ def assert_same(a, b, rtol=1e-3):
     assert len(a) == len(b) and a[0].keys() == b[0].keys()
     for x, y in zip(a, b):
         for name in x:
-            torch.testing.assert_close(x[name], y[name], rtol=rtol, atol=rtol * float(x[name].abs().max()), msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                x[name],
+                y[name],
+                rtol=rtol,
+                atol=rtol * float(x[name].abs().max()),
+                msg=lambda m, name=name: f"{name}: {m}",
+            )
             assert x[name].abs().max() > 0, name
 
 
 # ------------------------------------------------------------------------------------------------------ what all share
 
-@pytest.mark.parametrize("method, flags", [
-    (SFT, []), (SFT, ["--per-response"]), (DPO, ["--label-smoothing", 0.1]), (PPO, []),
-    (GRPO, ["--kl-coef", 0.1, "--updates-per-rollout", 2]), (GRPO, ["--aggregate", "token"]), (GRPO, ["--aggregate", "constant", "--kl-coef", 0.1, "--kl", "k3"]),
-])
+
+@pytest.mark.parametrize(
+    "method, flags",
+    [
+        (SFT, []),
+        (SFT, ["--per-response"]),
+        (DPO, ["--label-smoothing", 0.1]),
+        (PPO, []),
+        (GRPO, ["--kl-coef", 0.1, "--updates-per-rollout", 2]),
+        (GRPO, ["--aggregate", "token"]),
+        (GRPO, ["--aggregate", "constant", "--kl-coef", 0.1, "--kl", "k3"]),
+    ],
+)
 def test_gradient_does_not_depend_on_the_micro_batch(method, flags):
     """Means of micro-batch means weight a token by the company it is in; denominators are of the whole update instead."""
     runs = []
@@ -116,6 +146,7 @@ def test_the_reference_is_the_policy_at_the_first_step_or_the_base(method, refer
 
 # ---------------------------------------------------------------------------------------------------------------- SFT
 
+
 @pytest.mark.parametrize("per_response", (False, True))
 def test_sft_gradient_is_that_of_transformers(per_response, tmp_path):
     """transformers' own loss from labels: its batch mean is over all target tokens; of one row it is the row's mean."""
@@ -127,15 +158,21 @@ def test_sft_gradient_is_that_of_transformers(per_response, tmp_path):
     rows = [r["prompt_ids"] + r["reference_ids"] for r in records]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    labels = torch.tensor([[-100] * len(r["prompt_ids"]) + r["reference_ids"] + [-100] * (width - len(row)) for r, row in zip(records, rows)])
+    labels = torch.tensor(
+        [
+            [-100] * len(r["prompt_ids"]) + r["reference_ids"] + [-100] * (width - len(row))
+            for r, row in zip(records, rows)
+        ]
+    )
     seen = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    for part in ([slice(i, i + 1) for i in range(len(rows))] if per_response else [slice(None)]):
+    for part in [slice(i, i + 1) for i in range(len(rows))] if per_response else [slice(None)]:
         loss = oracle(input_ids=ids[part], attention_mask=seen[part], labels=labels[part]).loss
         (loss / (len(rows) if per_response else 1)).backward()
     assert_same(gradients(t), [{n: p.grad for n, p in oracle.named_parameters() if n in t.params}])
 
 
 # ---------------------------------------------------------------------------------------------------------------- DPO
+
 
 def test_dpo_scores_the_reference_once_for_each_record():
     """Kept over passes over the data, and in the checkpoint: scored again in another batch they would round otherwise."""
@@ -149,7 +186,11 @@ def test_dpo_scores_the_reference_once_for_each_record():
 
     t.policy.token_logps = count
     first = one_step(t)
-    assert first["dpo/margin"] == 0 and first["dpo/accuracy"] == 0.5 and first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    assert (
+        first["dpo/margin"] == 0
+        and first["dpo/accuracy"] == 0.5
+        and first["loss"] == pytest.approx(0.6931, abs=1e-4)
+    )
     kept = t.kept["reference_logps"].clone()
     seen = ~kept.isnan()
     assert seen.any() and not seen.all()
@@ -163,8 +204,12 @@ def test_dpo_scores_the_reference_once_for_each_record():
     assert torch.equal(again.kept["reference_logps"][:4], t.kept["reference_logps"][:4])
     with torch.no_grad():
         for r in t.records:
-            fresh = again.policy.token_logps([r["prompt_ids"]], [[r["reference_ids"], r["rejected_ids"]]], role="reference").logps.sum(-1)[0]
-            torch.testing.assert_close(fresh, t.kept["reference_logps"][r["record_index"]], rtol=1e-5, atol=1e-5)
+            fresh = again.policy.token_logps(
+                [r["prompt_ids"]], [[r["reference_ids"], r["rejected_ids"]]], role="reference"
+            ).logps.sum(-1)[0]
+            torch.testing.assert_close(
+                fresh, t.kept["reference_logps"][r["record_index"]], rtol=1e-5, atol=1e-5
+            )
 
 
 def test_dpo_answers_have_one_eos():
@@ -176,6 +221,7 @@ def test_dpo_answers_have_one_eos():
 
 
 # --------------------------------------------------------------------------------------------------------------- GRPO
+
 
 def test_grpo_loss_is_zero_while_it_learns(capsys):
     """Users take a loss of 0 for a bug. On-policy it is 0 by construction, and its gradient is not; the first step says so."""
@@ -203,6 +249,7 @@ def test_grpo_takes_several_updates_on_one_rollout():
 
 # ---------------------------------------------------------------------------------------------------------------- PPO
 
+
 def test_values_are_those_of_a_plain_forward_pass_and_zero_elsewhere(tmp_path):
     """Read in the state before each token, EOS included, nothing after it; other completions of the pack change nothing."""
     t = trainer(PPO, "--quantize", "none")
@@ -214,18 +261,32 @@ def test_values_are_those_of_a_plain_forward_pass_and_zero_elsewhere(tmp_path):
     oracle = reload(policy.source, tmp_path / "value")
     for b, prompt in enumerate(prompts):
         for g, answer in enumerate(completions[b]):
-            states = oracle.get_base_model().model(torch.tensor([prompt + answer])).last_hidden_state[0, len(prompt) - 1 : -1]
-            torch.testing.assert_close(values[b, g, : len(answer)], policy.heads["value"](states)[:, 0], rtol=1e-4, atol=1e-4)
+            states = (
+                oracle.get_base_model()
+                .model(torch.tensor([prompt + answer]))
+                .last_hidden_state[0, len(prompt) - 1 : -1]
+            )
+            torch.testing.assert_close(
+                values[b, g, : len(answer)], policy.heads["value"](states)[:, 0], rtol=1e-4, atol=1e-4
+            )
             assert mask[b, g].sum() == len(answer) and (values[b, g, len(answer) :] == 0).all()
 
 
 def test_value_and_policy_share_no_gradient():
     t = trainer(PPO)
     randomise(t)
-    sides = {"value": {n for n in t.params if "value" in n}, "policy": {n for n in t.params if "value" not in n}}
-    assert {"value_head.weight", "value_head.bias"} < sides["value"] and sides["policy"] == set(t.policy.trainable())
+    sides = {
+        "value": {n for n in t.params if "value" in n},
+        "policy": {n for n in t.params if "value" not in n},
+    }
+    assert {"value_head.weight", "value_head.bias"} < sides["value"] and sides["policy"] == set(
+        t.policy.trainable()
+    )
     prompts, answers = [[5, 6, 7]], [[[10, 11, 12]]]
-    for side, output in (("value", lambda: t.policy.token_values(prompts, answers)[0]), ("policy", lambda: t.policy.token_logps(prompts, answers).logps)):
+    for side, output in (
+        ("value", lambda: t.policy.token_values(prompts, answers)[0]),
+        ("policy", lambda: t.policy.token_logps(prompts, answers).logps),
+    ):
         output().sum().backward()
         assert {n for n, p in t.params.items() if p.grad is not None} == sides[side]
         t.optimizer.zero_grad(set_to_none=True)
@@ -246,8 +307,14 @@ def test_ppo_puts_the_score_on_the_last_token_and_the_kl_on_each(monkeypatch):
     t.rollout = lambda records: seen.setdefault("batch", rollout(records))
     one_step(t)
     mask, batch = seen["mask"], seen["batch"]
-    assert (seen["rewards"][~mask] == 0).all() and (seen["values"][~mask] == 0).all() and (seen["values"][mask] != 0).all()
-    untrained = trainer(PPO, reward_fn=letters)  # as the reference; the sampler's log-probs stand for the policy's
+    assert (
+        (seen["rewards"][~mask] == 0).all()
+        and (seen["values"][~mask] == 0).all()
+        and (seen["values"][mask] != 0).all()
+    )
+    untrained = trainer(
+        PPO, reward_fn=letters
+    )  # as the reference; the sampler's log-probs stand for the policy's
     i = 0
     for b, group in enumerate(batch.completions):
         with torch.no_grad():
@@ -266,7 +333,11 @@ def test_ppo_ratio_is_exactly_one_before_an_update(tokens):
     randomise(t)
     t.optimizer.step = lambda: None
     metrics = one_step(t)
-    assert metrics["ratio/max"] == 1 and metrics["kl/update"] == metrics["clip/low"] == metrics["clip/high"] == 0 and metrics["updates"] == 4
+    assert (
+        metrics["ratio/max"] == 1
+        and metrics["kl/update"] == metrics["clip/low"] == metrics["clip/high"] == 0
+        and metrics["updates"] == 4
+    )
 
 
 def test_ppo_gradient_with_checkpointing():
@@ -280,7 +351,16 @@ def test_ppo_gradient_with_checkpointing():
 
 
 def test_value_function_has_its_own_learning_rate_and_learns():
-    t = trainer(PPO, "--lr", 1e-3, "--value-lr", 1e-2, "--ppo-epochs", 4, reward_fn=lambda completions, **_: [0.7] * len(completions))
+    t = trainer(
+        PPO,
+        "--lr",
+        1e-3,
+        "--value-lr",
+        1e-2,
+        "--ppo-epochs",
+        4,
+        reward_fn=lambda completions, **_: [0.7] * len(completions),
+    )
     errors = [one_step(t)["value/loss"] for _ in range(3)]
     assert [group["lr"] for group in t.optimizer.param_groups] == [1e-3, 1e-2] and errors[2] < 0.5 * errors[0]
 
@@ -295,28 +375,58 @@ def test_ppo_resumed_is_the_run_that_never_stopped(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         return PPO.update(trainer, records)
 
-    assert train.main(dataclasses.replace(PPO, update=stop_in_step_2), [*flags, "--out", str(tmp_path / "stopped")]) == 130
+    assert (
+        train.main(
+            dataclasses.replace(PPO, update=stop_in_step_2), [*flags, "--out", str(tmp_path / "stopped")]
+        )
+        == 130
+    )
     assert train.main(PPO, ["--resume", "--out", str(tmp_path / "stopped")]) == 0
-    a, b = (safetensors.torch.load_file(tmp_path / run / "checkpoint.safetensors") for run in ("whole", "stopped"))
-    assert a.keys() == b.keys() and "exp_avg/value_head.weight" in a and all(torch.equal(a[k], b[k]) for k in a)
-    logs = [[{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in read_jsonl(tmp_path / run / "metrics.jsonl")] for run in ("whole", "stopped")]
+    a, b = (
+        safetensors.torch.load_file(tmp_path / run / "checkpoint.safetensors") for run in ("whole", "stopped")
+    )
+    assert (
+        a.keys() == b.keys() and "exp_avg/value_head.weight" in a and all(torch.equal(a[k], b[k]) for k in a)
+    )
+    logs = [
+        [
+            {k: v for k, v in line.items() if not k.startswith(CLOCK)}
+            for line in read_jsonl(tmp_path / run / "metrics.jsonl")
+        ]
+        for run in ("whole", "stopped")
+    ]
     assert logs[0] == logs[1]
 
 
 # ------------------------------------------------------------------------------------------------------------- the script
 
+
 def script(*flags):
-    return subprocess.run([sys.executable, ROOT / "baselines.py", *map(str, flags)], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, ROOT / "baselines.py", *map(str, flags)], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_script_trains_and_saves(name, tmp_path):
     process = script(name, *SMALL, "--out", tmp_path / "run")
     assert process.returncode == 0, process.stderr
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoint.safetensors",
+        "adapter",
+        "curves.png",
+    }
     assert [line["step"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
-    assert "mean reward [95 % interval]" in process.stdout and json.loads((tmp_path / "run" / "config.json").read_text())["method"] == name
-    assert len(safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")) == len(trainer(SFT).params)  # no value adapter
+    assert (
+        "mean reward [95 % interval]" in process.stdout
+        and json.loads((tmp_path / "run" / "config.json").read_text())["method"] == name
+    )
+    assert len(
+        safetensors.torch.load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    ) == len(trainer(SFT).params)  # no value adapter
 
 
 def test_script_names_its_methods(capsys, monkeypatch):
@@ -330,7 +440,9 @@ def test_script_names_its_methods(capsys, monkeypatch):
         baselines.command_line(["dpo", "--help"])
     said = capsys.readouterr().out
     assert "usage: baselines.py dpo" in said and "--label-smoothing" in said
-    assert f"[tiny: {DPO.config.presets['tiny']['lr']}, chat: " in said  # a method's own default, not the loop's
+    assert (
+        f"[tiny: {DPO.config.presets['tiny']['lr']}, chat: " in said
+    )  # a method's own default, not the loop's
 
 
 def one_line_error(method, capsys, *flags, **kwargs):
@@ -341,11 +453,19 @@ def one_line_error(method, capsys, *flags, **kwargs):
 
 
 def test_dpo_without_rejected_answers(tmp_path, capsys):
-    records = [{k: r[k] for k in ("prompt", "chosen", "rejected", "constraints")} for r in tiny_tasks("train", 30)]
+    records = [
+        {k: r[k] for k in ("prompt", "chosen", "rejected", "constraints")} for r in tiny_tasks("train", 30)
+    ]
     del records[0]["rejected"], records[20]["rejected"]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    error = one_line_error(DPO, capsys, "--steps", 100, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run")
-    assert "'rejected'" in error and (records[0]["prompt"] in error or records[20]["prompt"] in error) and not (tmp_path / "run").exists()
+    error = one_line_error(
+        DPO, capsys, "--steps", 100, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "run"
+    )
+    assert (
+        "'rejected'" in error
+        and (records[0]["prompt"] in error or records[20]["prompt"] in error)
+        and not (tmp_path / "run").exists()
+    )
 
 
 def test_dpo_checks_the_length_of_rejected_answers():
@@ -356,7 +476,13 @@ def test_dpo_checks_the_length_of_rejected_answers():
 
 
 def test_ppo_with_rewards_for_tokens(tmp_path, capsys):
-    error = one_line_error(PPO, capsys, "--out", tmp_path / "run", reward_fn=lambda completions, **_: [[0.5] * len(c.split()) for c in completions])
+    error = one_line_error(
+        PPO,
+        capsys,
+        "--out",
+        tmp_path / "run",
+        reward_fn=lambda completions, **_: [[0.5] * len(c.split()) for c in completions],
+    )
     assert "return one number, not one per token" in error
 
 

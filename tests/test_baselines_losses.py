@@ -45,6 +45,7 @@ def assert_same(f, g, x, **tolerance):
 
 # ---------------------------------------------------------------------------------------------------- oracles
 
+
 class Accelerator:
     num_processes, device = 1, "cpu"
     gather = gather_for_metrics = staticmethod(lambda x: x)
@@ -55,25 +56,63 @@ def trl_grpo(logps, old, ref, A, mask, loss_type, beta, biased_kl, metrics):
     trainer = pytest.importorskip("trl").GRPOTrainer
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logps, torch.zeros_like(logps), None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False,
-        importance_sampling_level="token", beta=beta, loss_type=loss_type, epsilon_low=0.2, epsilon_high=0.28,
-        args=SimpleNamespace(use_bias_correction_kl=not biased_kl, delta=None), model=SimpleNamespace(training=False),
-        max_completion_length=11, accelerator=Accelerator, _entropy_bonus_enabled=False, _metrics={"eval": metrics})
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        importance_sampling_level="token",
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        args=SimpleNamespace(use_bias_correction_kl=not biased_kl, delta=None),
+        model=SimpleNamespace(training=False),
+        max_completion_length=11,
+        accelerator=Accelerator,
+        _entropy_bonus_enabled=False,
+        _metrics={"eval": metrics},
+    )
     ids = torch.zeros(N, T, dtype=torch.long)
-    return trainer._compute_loss(stub, None, {
-        "prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids, "completion_mask": mask.double(), "advantages": A,
-        "old_per_token_logps": old, "ref_per_token_logps": ref, "num_items_in_batch": mask.sum()})
+    return trainer._compute_loss(
+        stub,
+        None,
+        {
+            "prompt_ids": ids,
+            "prompt_mask": ids,
+            "completion_ids": ids,
+            "completion_mask": mask.double(),
+            "advantages": A,
+            "old_per_token_logps": old,
+            "ref_per_token_logps": ref,
+            "num_items_in_batch": mask.sum(),
+        },
+    )
 
 
 def trl_dpo(logits, ids, mask, ref_chosen, ref_rejected, beta, loss_type="sigmoid", label_smoothing=0.0):
     trainer = pytest.importorskip("trl").DPOTrainer
     stub = SimpleNamespace(
-        model=SimpleNamespace(training=False), accelerator=Accelerator, aux_loss_enabled=False, ld_alpha=None,
-        precompute_ref_logps=True, f_divergence_type="reverse_kl", loss_types=[loss_type], loss_weights=[1.0],
-        beta=beta, label_smoothing=label_smoothing, use_weighting=False, _total_train_tokens=0,
-        _metrics={"eval": defaultdict(list)})
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask,
-              "ref_chosen_logps": ref_chosen, "ref_rejected_logps": ref_rejected}
+        model=SimpleNamespace(training=False),
+        accelerator=Accelerator,
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=label_smoothing,
+        use_weighting=False,
+        _total_train_tokens=0,
+        _metrics={"eval": defaultdict(list)},
+    )
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "completion_mask": mask,
+        "ref_chosen_logps": ref_chosen,
+        "ref_rejected_logps": ref_rejected,
+    }
     return trainer._compute_loss(stub, lambda **kw: SimpleNamespace(logits=logits), inputs, False)
 
 
@@ -81,14 +120,20 @@ def trl_ppo(first, last, **names):
     """Run TRL's lines from the one that starts with `first` to the one that starts with `last`; return all names."""
     pytest.importorskip("trl")
     from trl.experimental.ppo import ppo_trainer
+
     lines = inspect.getsource(ppo_trainer.PPOTrainer.train).splitlines()
     i = next(i for i, line in enumerate(lines) if line.strip().startswith(first))
     j = next(j for j in range(i, len(lines)) if lines[j].strip().startswith(last))
-    exec(textwrap.dedent("\n".join(lines[i:j + 1])), {**vars(ppo_trainer), "micro_batch_inds": slice(None)}, names)
+    exec(
+        textwrap.dedent("\n".join(lines[i : j + 1])),
+        {**vars(ppo_trainer), "micro_batch_inds": slice(None)},
+        names,
+    )
     return names
 
 
 # -------------------------------------------------------------------------------------------------------- SFT
+
 
 def test_sft_is_torchs_cross_entropy():
     """Over all target tokens, as torch's reduction="mean" with ignore_index; per_response as a loop over rows."""
@@ -101,11 +146,14 @@ def test_sft_is_torchs_cross_entropy():
         return sum(F.cross_entropy(z[i, :n], ids[i, :n]) for i, n in enumerate(LENGTHS)) / N
 
     labels = ids.where(MASK, -100).flatten()
-    assert_same(lambda z: B.sft_loss(logps(z), MASK), lambda z: F.cross_entropy(z.flatten(0, 1), labels), logits)
+    assert_same(
+        lambda z: B.sft_loss(logps(z), MASK), lambda z: F.cross_entropy(z.flatten(0, 1), labels), logits
+    )
     assert_same(lambda z: B.sft_loss(logps(z), MASK, per_response=True), rows, logits)
 
 
 # -------------------------------------------------------------------------------------------------------- DPO
+
 
 @pytest.mark.parametrize("label_smoothing", (0.0, 0.1, 0.5))
 def test_dpo_matches_trl(label_smoothing):
@@ -123,8 +171,13 @@ def test_dpo_matches_trl(label_smoothing):
         if label_smoothing == 0:
             return trl_dpo(z, ids, full, *ref, beta=0.3)
         pairs = ([i, i + N] for i in range(N))
-        return sum(trl_dpo(z[p], ids[p], full[p], ref[0, p[:1]], ref[1, p[:1]], 0.3, "aot", label_smoothing)
-                   for p in pairs) / N
+        return (
+            sum(
+                trl_dpo(z[p], ids[p], full[p], ref[0, p[:1]], ref[1, p[:1]], 0.3, "aot", label_smoothing)
+                for p in pairs
+            )
+            / N
+        )
 
     assert_same(ours, theirs, logits)
 
@@ -133,10 +186,15 @@ def test_dpo_smoothing_does_something_where_trl_ignores_it():
     """Smoothing moves the optimum from infinity to a reward margin of log((1 - eps) / eps)."""
     margin, zero = torch.tensor([math.log(9)], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     plain = value_and_grad(lambda x: B.dpo_loss(x, zero, zero, zero, beta=1.0)[0], margin)
-    smooth = value_and_grad(lambda x: B.dpo_loss(x, zero, zero, zero, beta=1.0, label_smoothing=0.1)[0], margin)
+    smooth = value_and_grad(
+        lambda x: B.dpo_loss(x, zero, zero, zero, beta=1.0, label_smoothing=0.1)[0], margin
+    )
     assert smooth[0] > plain[0] and plain[1] < -0.05 and smooth[1].abs() < 1e-12
     ids = torch.zeros(2, 2, dtype=torch.long)
-    trl = [trl_dpo(rand(2, 2, 9), ids, torch.ones_like(ids), zero, zero, 1.0, label_smoothing=e) for e in (0.0, 0.1)]
+    trl = [
+        trl_dpo(rand(2, 2, 9), ids, torch.ones_like(ids), zero, zero, 1.0, label_smoothing=e)
+        for e in (0.0, 0.1)
+    ]
     assert trl[0] == trl[1]
 
 
@@ -151,15 +209,21 @@ def test_dpo_rewards():
 
 # ------------------------------------------------------------------------------------------------------- GRPO
 
+
 @pytest.mark.parametrize("kl, beta", [("k3", 0.0), ("k3", 0.3), ("k3_ratio", 0.3)])
-@pytest.mark.parametrize("aggregate, theirs", [("sequence", "grpo"), ("token", "dapo"), ("constant", "dr_grpo")])
+@pytest.mark.parametrize(
+    "aggregate, theirs", [("sequence", "grpo"), ("token", "dapo"), ("constant", "dr_grpo")]
+)
 def test_grpo_matches_trl(aggregate, theirs, kl, beta):
     logps, old, ref, A = batch()
     metrics, settings = defaultdict(list), {"clip_high": 0.28, "kl_coef": beta, "kl": kl, "max_length": 11}
     mask = MASK.clone()
     mask[2] = False  # a completion masked as a whole still counts as a row, here as in TRL
-    assert_same(lambda x: B.grpo_loss(x, old, ref, A, mask, aggregate=aggregate, **settings)[0],
-                lambda x: trl_grpo(x, old, ref, A, mask, theirs, beta, kl == "k3", metrics), logps)
+    assert_same(
+        lambda x: B.grpo_loss(x, old, ref, A, mask, aggregate=aggregate, **settings)[0],
+        lambda x: trl_grpo(x, old, ref, A, mask, theirs, beta, kl == "k3", metrics),
+        logps,
+    )
     parts = B.grpo_loss(logps, old, ref, A, mask, aggregate=aggregate, **settings)[1]
     assert parts["clip_fraction_low"].item() == pytest.approx(metrics["clip_ratio/low_mean"][0])
     assert parts["clip_fraction_high"].item() == pytest.approx(metrics["clip_ratio/high_mean"][0])
@@ -180,8 +244,14 @@ def test_grpo_matches_a_loop(aggregate, kl):
                 ratio = (x[i, t] - old[i, t]).exp()
                 bound = min(ratio, ratio.new_tensor(1.28)) if A[i] > 0 else max(ratio, ratio.new_tensor(0.8))
                 log_r = ref[i, t] - x[i, t]
-                k = {"k1": -log_r, "k3": log_r.exp() - 1 - log_r, "k3_ratio": ratio * (log_r.exp() - 1 - log_r)}[kl]
-                weight = {"sequence": 1 / (n * N), "token": 1 / sum(LENGTHS), "constant": 1 / (N * T)}[aggregate]
+                k = {
+                    "k1": -log_r,
+                    "k3": log_r.exp() - 1 - log_r,
+                    "k3_ratio": ratio * (log_r.exp() - 1 - log_r),
+                }[kl]
+                weight = {"sequence": 1 / (n * N), "token": 1 / sum(LENGTHS), "constant": 1 / (N * T)}[
+                    aggregate
+                ]
                 total = total - weight * (bound * A[i] - 0.3 * k)
         return total
 
@@ -190,21 +260,35 @@ def test_grpo_matches_a_loop(aggregate, kl):
 
 def objectives(A, ratio, low=0.2, high=0.2):
     """GRPO's and PPO's loss of one token, and their gradients by the ratio."""
+
     def grpo(x):
-        return B.grpo_loss(x.log()[None, None], torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), low, high)
+        return B.grpo_loss(
+            x.log()[None, None], torch.zeros(1, 1), None, torch.tensor([A]), torch.ones(1, 1), low, high
+        )
 
     def ppo(x):
-        return B.ppo_policy_loss(x.log()[None, None], torch.zeros(1, 1), torch.tensor([[A]]), torch.ones(1, 1), low)
+        return B.ppo_policy_loss(
+            x.log()[None, None], torch.zeros(1, 1), torch.tensor([[A]]), torch.ones(1, 1), low
+        )
 
     x = torch.tensor(ratio, dtype=torch.float64)
     losses = (grpo, ppo) if low == high else (grpo,)
     return [(*map(float, value_and_grad(lambda x: f(x)[0], x)), f(x)[1]) for f in losses]
 
 
-@pytest.mark.parametrize("A, ratio, loss, grad, bound", [  # PPO's eq. (7): the clip binds in two of the six cells
-    (+2.0, 0.5, -1.0, -2.0, None), (+2.0, 1.1, -2.2, -2.0, None), (+2.0, 1.5, -2.4, 0.0, "high"),
-    (-2.0, 0.5, +1.6, 0.0, "low"), (-2.0, 1.1, +2.2, +2.0, None), (-2.0, 1.5, +3.0, +2.0, None),
-    (0.0, 0.5, 0.0, 0.0, None), (0.0, 1.5, 0.0, 0.0, None)])
+@pytest.mark.parametrize(
+    "A, ratio, loss, grad, bound",
+    [  # PPO's eq. (7): the clip binds in two of the six cells
+        (+2.0, 0.5, -1.0, -2.0, None),
+        (+2.0, 1.1, -2.2, -2.0, None),
+        (+2.0, 1.5, -2.4, 0.0, "high"),
+        (-2.0, 0.5, +1.6, 0.0, "low"),
+        (-2.0, 1.1, +2.2, +2.0, None),
+        (-2.0, 1.5, +3.0, +2.0, None),
+        (0.0, 0.5, 0.0, 0.0, None),
+        (0.0, 1.5, 0.0, 0.0, None),
+    ],
+)
 def test_clip_cells(A, ratio, loss, grad, bound):
     """The classic bug, a clip inverted for A < 0: it stops where it should push and pushes where it should stop."""
     for value, gradient, parts in objectives(A, ratio):
@@ -218,7 +302,7 @@ def test_clip_bounds_are_separate():
 
 
 def test_on_policy_the_loss_is_zero_and_the_gradient_is_not():
-    """"Loss 0.0000, is it broken?" Advantages sum to 0 in a group; the gradient is REINFORCE's."""
+    """ "Loss 0.0000, is it broken?" Advantages sum to 0 in a group; the gradient is REINFORCE's."""
     logps, A = batch()[0], B.grpo_advantages(rand(2, 4)).flatten()
     loss, grad = value_and_grad(lambda x: B.grpo_loss(x, None, None, A, MASK)[0], logps)
     parts = B.grpo_loss(logps, None, None, A, MASK)[1]
@@ -245,7 +329,10 @@ def test_advantages_and_trls():
     torch.testing.assert_close(B.grpo_advantages(rewards, scale="none"), centred)
     pytest.importorskip("trl")
     from trl.trainer.utils import nanstd
-    theirs = centred / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)  # GRPOTrainer._generate_and_score_completions
+
+    theirs = centred / (
+        nanstd(rewards, dim=1, keepdim=True) + 1e-4
+    )  # GRPOTrainer._generate_and_score_completions
     torch.testing.assert_close(B.grpo_advantages(rewards, ddof=1, eps=1e-4), theirs)
 
 
@@ -261,12 +348,19 @@ def test_tied_rewards_have_advantage_exactly_zero(reward, scale):
 
 # -------------------------------------------------------------------------------------------------------- PPO
 
+
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.9, 0.0)])
 def test_gae_matches_torchrl_and_trl(gamma, lam):
     rewards, values = rand(N, T, seed=1) * MASK, rand(N, T, seed=2) * MASK
     ours = B.gae(rewards, values, MASK, gamma, lam)
-    names = trl_ppo("lastgaelam = 0", "returns = advantages", rewards=rewards, values=values, responses=rewards,
-                    args=SimpleNamespace(gamma=gamma, lam=lam))
+    names = trl_ppo(
+        "lastgaelam = 0",
+        "returns = advantages",
+        rewards=rewards,
+        values=values,
+        responses=rewards,
+        args=SimpleNamespace(gamma=gamma, lam=lam),
+    )
     torch.testing.assert_close(ours, (names["advantages"] * MASK, names["returns"] * MASK))
 
     functional = pytest.importorskip("torchrl.objectives.value.functional")
@@ -283,7 +377,9 @@ def test_gae_steps_over_a_gap():
     """Masked positions are no steps: left padding and gaps give what the compacted row gives."""
     r, v = rand(1, 3, seed=1), rand(1, 3, seed=2)
     gappy = torch.tensor([[0, 1, 0, 0, 1, 1, 0]])
-    spread = [torch.full((1, 7), torch.nan, dtype=torch.float64).masked_scatter(gappy.bool(), x) for x in (r, v)]
+    spread = [
+        torch.full((1, 7), torch.nan, dtype=torch.float64).masked_scatter(gappy.bool(), x) for x in (r, v)
+    ]
     for a, b in zip(B.gae(r, v, torch.ones(1, 3), 0.9, 0.8), B.gae(*spread, gappy, 0.9, 0.8)):
         torch.testing.assert_close(a[0], b[gappy.bool()])
 
@@ -297,11 +393,20 @@ def test_where_the_score_goes():
         ours[i, n - 1] += scores[i]
         theirs[i, min(n, T - 1)] += scores[i]
     torch.testing.assert_close(B.token_rewards(scores, logps, ref, MASK, 0.1), ours)
-    assert torch.equal(B.token_rewards(scores, logps, None, MASK, 0.0), B.token_rewards(scores, logps, ref, MASK, 0.0))
+    assert torch.equal(
+        B.token_rewards(scores, logps, None, MASK, 0.0), B.token_rewards(scores, logps, ref, MASK, 0.0)
+    )
     lengths = torch.tensor(LENGTHS) - 1
-    names = trl_ppo("logr = ", "rewards[actual_start", ref_logprobs=ref.where(MASK, 1), logprobs=logps.where(MASK, 1),
-                    args=SimpleNamespace(kl_estimator="k1", kl_coef=0.1), sequence_lengths=lengths,
-                    sequence_lengths_p1=lengths + 1, scores=scores)
+    names = trl_ppo(
+        "logr = ",
+        "rewards[actual_start",
+        ref_logprobs=ref.where(MASK, 1),
+        logprobs=logps.where(MASK, 1),
+        args=SimpleNamespace(kl_estimator="k1", kl_coef=0.1),
+        sequence_lengths=lengths,
+        sequence_lengths_p1=lengths + 1,
+        scores=scores,
+    )
     torch.testing.assert_close(names["rewards"], theirs)
 
 
@@ -313,6 +418,7 @@ def test_whiten():
     assert torch.equal(B.whiten(torch.full((1, 7), 0.1), torch.ones(1, 7)), torch.zeros(1, 7))
     pytest.importorskip("trl")
     from trl.experimental.ppo.ppo_trainer import masked_whiten
+
     torch.testing.assert_close(B.whiten(x, MASK, ddof=1), masked_whiten(x, MASK) * MASK)
 
 
@@ -321,17 +427,32 @@ def test_ppo_losses_match_trl():
     A, values, old_values, returns = (rand(N, T, seed=s) * MASK for s in (11, 12, 13, 14))
 
     def theirs(new_logprobs=logps, vpred=values):
-        return trl_ppo("vpredclipped = ", "pg_loss = ", vpred=vpred, mb_values=old_values, mb_return=returns,
-                       mb_advantage=A, mb_logprobs=old * MASK, new_logprobs=new_logprobs * MASK, padding_mask=~MASK,
-                       padding_mask_p1=~MASK, args=SimpleNamespace(cliprange=0.2, cliprange_value=0.3))
+        return trl_ppo(
+            "vpredclipped = ",
+            "pg_loss = ",
+            vpred=vpred,
+            mb_values=old_values,
+            mb_return=returns,
+            mb_advantage=A,
+            mb_logprobs=old * MASK,
+            new_logprobs=new_logprobs * MASK,
+            padding_mask=~MASK,
+            padding_mask_p1=~MASK,
+            args=SimpleNamespace(cliprange=0.2, cliprange_value=0.3),
+        )
 
     assert_same(lambda x: B.ppo_policy_loss(x, old, A, MASK, 0.2)[0], lambda x: theirs(x)["pg_loss"], logps)
-    assert_same(lambda x: B.ppo_value_loss(x, old_values, returns, MASK, 0.3)[0],
-                lambda x: theirs(vpred=x)["vf_loss"], values)
+    assert_same(
+        lambda x: B.ppo_value_loss(x, old_values, returns, MASK, 0.3)[0],
+        lambda x: theirs(vpred=x)["vf_loss"],
+        values,
+    )
     fraction = B.ppo_value_loss(values, old_values, returns, MASK, 0.3)[1]["clip_fraction"]
     assert 0 < fraction.item() == pytest.approx(theirs()["vf_clipfrac"].item())
-    torch.testing.assert_close(B.ppo_value_loss(values, old_values, returns, MASK, math.inf)[0],
-                               F.mse_loss(values[MASK], returns[MASK]) / 2)
+    torch.testing.assert_close(
+        B.ppo_value_loss(values, old_values, returns, MASK, math.inf)[0],
+        F.mse_loss(values[MASK], returns[MASK]) / 2,
+    )
 
 
 def test_explained_variance():
@@ -345,6 +466,7 @@ def test_explained_variance():
 
 # ------------------------------------------------------------------------------------------- masks and normalisers
 
+
 def losses():
     """name -> (loss(x, rows, width, denominator), denominator of the step); x is the differentiated (N, T)."""
     _, old, ref, A = batch()
@@ -352,17 +474,29 @@ def losses():
     for per_response in (False, True):
         table[f"sft {per_response}"] = (
             lambda x, s, w, n, p=per_response: B.sft_loss(x[s, :w], MASK[s, :w], p, denominator=n),
-            B.normaliser(MASK, "sequence" if per_response else "token"))
+            B.normaliser(MASK, "sequence" if per_response else "token"),
+        )
     for aggregate in ("sequence", "token", "constant"):
         table[f"grpo {aggregate}"] = (
-            lambda x, s, w, n, a=aggregate: B.grpo_loss(x[s, :w], old[s, :w], ref[s, :w], A[s], MASK[s, :w],
-                                                        kl_coef=0.1, aggregate=a, max_length=T, denominator=n)[0],
-            B.normaliser(MASK, aggregate, max_length=T))
+            lambda x, s, w, n, a=aggregate: B.grpo_loss(
+                x[s, :w],
+                old[s, :w],
+                ref[s, :w],
+                A[s],
+                MASK[s, :w],
+                kl_coef=0.1,
+                aggregate=a,
+                max_length=T,
+                denominator=n,
+            )[0],
+            B.normaliser(MASK, aggregate, max_length=T),
+        )
     A2 = rand(N, T, seed=9)
     for name, loss in (("ppo policy", B.ppo_policy_loss), ("ppo value", B.ppo_value_loss)):
         table[name] = (
             lambda x, s, w, n, f=loss: f(x[s, :w], old[s, :w], A2[s, :w], MASK[s, :w], 0.2, denominator=n)[0],
-            B.normaliser(MASK))
+            B.normaliser(MASK),
+        )
     table["dpo"] = (lambda x, s, w, n: B.dpo_loss(x[s, 0], *rand(3, N)[:, s], denominator=n)[0], N)
     return table
 
@@ -377,13 +511,21 @@ def test_micro_batches_do_not_change_the_gradient(name):
         return sum(loss(x, slice(i, i + 1), LENGTHS[i], denominator) for i in range(N))
 
     assert_same(lambda x: loss(x, slice(None), T, n), lambda x: split(x, n), x)
-    assert_same(lambda x: loss(x, slice(None), T, n), lambda x: loss(x, slice(None), T, None), x)  # the default count
-    if name in ("sft False", "grpo token", "ppo policy", "ppo value"):  # the bug this guards against is visible here
+    assert_same(
+        lambda x: loss(x, slice(None), T, n), lambda x: loss(x, slice(None), T, None), x
+    )  # the default count
+    if name in (
+        "sft False",
+        "grpo token",
+        "ppo policy",
+        "ppo value",
+    ):  # the bug this guards against is visible here
         assert not torch.allclose(split(x, None) / N, loss(x, slice(None), T, None))
 
 
 def everything(x, mask, junk):
     """Every masked loss and estimate at once, with `junk` in the padding of all inputs."""
+
     def put(y):
         return y if junk is None else torch.where(mask, y, junk)
 
@@ -406,7 +548,9 @@ def everything(x, mask, junk):
 @pytest.mark.parametrize("junk", (math.nan, math.inf, -math.inf, 1e30))
 def test_padding_reaches_neither_value_nor_gradient(junk):
     x = batch()[0]
-    assert_same(lambda x: everything(x, MASK, None)[0], lambda x: everything(x, MASK, junk)[0], x, rtol=0, atol=0)
+    assert_same(
+        lambda x: everything(x, MASK, None)[0], lambda x: everything(x, MASK, junk)[0], x, rtol=0, atol=0
+    )
     assert (value_and_grad(lambda x: everything(x, MASK, None)[0], x)[1][~MASK] == 0).all()
     for a, b in zip(everything(x, MASK, None)[1], everything(x, MASK, junk)[1]):
         assert torch.equal(a, b)
@@ -433,26 +577,33 @@ def test_reductions_accumulate_in_fp32_at_least(mask_type):
 
 # --------------------------------------------------------------------------------------------------- bad input
 
-@pytest.mark.parametrize("call, message", [
-    (lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, kl="k2"), "kl must be one of"),
-    (lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, aggregate="mean"), "aggregate must be one of"),
-    (lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, clip_low=-0.1), "clip_low must not be negative"),
-    (lambda x, m: B.grpo_loss(x, x, None, x[:, 0], m, kl_coef=0.1), "ref_logps is None"),
-    (lambda x, m: B.grpo_loss(x, x, x, x, m), r"advantages is \(8, 7\)"),
-    (lambda x, m: B.grpo_loss(x, x[:, 1:], x, x[:, 0], m), r"old_logps is \(8, 6\)"),
-    (lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, aggregate="constant", max_length=0), "max_length must be"),
-    (lambda x, m: B.ppo_policy_loss(x, x, x, m, clip=-1), "clip must not be negative"),
-    (lambda x, m: B.ppo_value_loss(x, x, x[:1], m), r"returns is \(1, 7\)"),
-    (lambda x, m: B.token_rewards(x, x, x, m, 0.1), r"scores is \(8, 7\)"),
-    (lambda x, m: B.sft_loss(x, m[0]), r"mask must be \(N, T\)"),
-    (lambda x, m: B.gae(x, x[:, :3], m), r"values is \(8, 3\)"),
-    (lambda x, m: B.dpo_loss(x, x, x, x), r"four \(N,\)"),
-    (lambda x, m: B.dpo_loss(*x[:4], label_smoothing=0.6), "label_smoothing"),
-    (lambda x, m: B.dpo_loss(*x[:4], beta=0), "beta > 0"),
-    (lambda x, m: B.grpo_advantages(x, scale="batch"), "scale must be one of"),
-    (lambda x, m: B.grpo_advantages(x / 0), "NaN or infinity"),
-    (lambda x, m: B.kl_estimate(x, x[:1]), "ref_logps is"),
-])
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, kl="k2"), "kl must be one of"),
+        (lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, aggregate="mean"), "aggregate must be one of"),
+        (lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, clip_low=-0.1), "clip_low must not be negative"),
+        (lambda x, m: B.grpo_loss(x, x, None, x[:, 0], m, kl_coef=0.1), "ref_logps is None"),
+        (lambda x, m: B.grpo_loss(x, x, x, x, m), r"advantages is \(8, 7\)"),
+        (lambda x, m: B.grpo_loss(x, x[:, 1:], x, x[:, 0], m), r"old_logps is \(8, 6\)"),
+        (
+            lambda x, m: B.grpo_loss(x, x, x, x[:, 0], m, aggregate="constant", max_length=0),
+            "max_length must be",
+        ),
+        (lambda x, m: B.ppo_policy_loss(x, x, x, m, clip=-1), "clip must not be negative"),
+        (lambda x, m: B.ppo_value_loss(x, x, x[:1], m), r"returns is \(1, 7\)"),
+        (lambda x, m: B.token_rewards(x, x, x, m, 0.1), r"scores is \(8, 7\)"),
+        (lambda x, m: B.sft_loss(x, m[0]), r"mask must be \(N, T\)"),
+        (lambda x, m: B.gae(x, x[:, :3], m), r"values is \(8, 3\)"),
+        (lambda x, m: B.dpo_loss(x, x, x, x), r"four \(N,\)"),
+        (lambda x, m: B.dpo_loss(*x[:4], label_smoothing=0.6), "label_smoothing"),
+        (lambda x, m: B.dpo_loss(*x[:4], beta=0), "beta > 0"),
+        (lambda x, m: B.grpo_advantages(x, scale="batch"), "scale must be one of"),
+        (lambda x, m: B.grpo_advantages(x / 0), "NaN or infinity"),
+        (lambda x, m: B.kl_estimate(x, x[:1]), "ref_logps is"),
+    ],
+)
 def test_bad_input_is_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(rand(N, T), MASK)

@@ -19,18 +19,36 @@ def test_the_benchmark_runs_end_to_end(tmp_path):
     """Our side alone, every part that takes a step; a number that is missing or not positive would be a hole in the table."""
     out = tmp_path / "bench.json"
     flags = ["--quick", "--only", "grpo,dpo,products,memory", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-m", "plots.bench", *flags], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"MINIGRAO_TRL_PYTHON": sys.executable})
+    done = subprocess.run(
+        [sys.executable, "-m", "plots.bench", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MINIGRAO_TRL_PYTHON": sys.executable},
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert "TRL is not measured" in done.stderr
     grpo, dpo = (row["sides"]["ours"] for row in result["cases"])
-    assert grpo["tokens_per_second"] > 0 and dpo["peak_bytes"] > 2**27 and all(grpo["seconds"][phase] > 0 for phase in ("rollout", "scoring", "update"))
-    assert grpo["seconds"]["total"] == pytest.approx(sum(grpo["seconds"][phase] for phase in ("rollout", "scoring", "update")))
+    assert (
+        grpo["tokens_per_second"] > 0
+        and dpo["peak_bytes"] > 2**27
+        and all(grpo["seconds"][phase] > 0 for phase in ("rollout", "scoring", "update"))
+    )
+    assert grpo["seconds"]["total"] == pytest.approx(
+        sum(grpo["seconds"][phase] for phase in ("rollout", "scoring", "update"))
+    )
     assert 0 < grpo["share_of_limit"]["total"] < 1
-    assert len(result["products"]) == 4 and all(0 < row["seconds"] and 0 < row["share_of_limit"] for row in result["products"])
+    assert len(result["products"]) == 4 and all(
+        0 < row["seconds"] and 0 < row["share_of_limit"] for row in result["products"]
+    )
     for row in result["largest_tensors"]:
         assert max(row["largest"].values()) > 0
-    assert result["role_bytes"]["role"] == result["role_bytes"]["adapter and head"] < 0.3 * result["role_bytes"]["model"]
+    assert (
+        result["role_bytes"]["role"]
+        == result["role_bytes"]["adapter and head"]
+        < 0.3 * result["role_bytes"]["model"]
+    )
 
 
 def test_an_unusable_python_for_trl_is_one_line(capsys):
@@ -42,10 +60,16 @@ def test_an_unusable_python_for_trl_is_one_line(capsys):
 def test_trl_has_the_same_loss_and_gradient_on_the_same_samples(tmp_path):
     """TRL's default KL is ratio * k3; with plain k3 the loss is the same number and the gradient off by 1e-3."""
     data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"name {i} drinks", "chosen": "tea"}) + "\n" for i in range(9)))
+    data.write_text(
+        "".join(json.dumps({"prompt": f"name {i} drinks", "chosen": "tea"}) + "\n" for i in range(9))
+    )
     sides = {"ours": (sys.executable, "bench_ours"), "TRL": (trl_python(TRL), "bench_trl")}
     row = same_loss(str(ROOT / "data" / "tiny"), str(data), sides)
-    assert row["loss"]["ours"] == pytest.approx(row["loss"]["TRL"], rel=1e-5) and row["gradient_difference"] < 1e-4 and row["kl"] > 1e-4
+    assert (
+        row["loss"]["ours"] == pytest.approx(row["loss"]["TRL"], rel=1e-5)
+        and row["gradient_difference"] < 1e-4
+        and row["kl"] > 1e-4
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -82,14 +106,19 @@ def test_no_tensor_of_a_step_grows_with_tokens_times_vocabulary(monkeypatch, wid
         with watch:
             scored_and_sampled(wide, tokens)()
         largest.append(max(size for name, size in watch.sizes.items() if str(VOCABULARY) in name))
-        assert max(watch.sizes.values()) < 4 * 32 * VOCABULARY * 4 / 2  # half the logits of the shorter batch, in fp32
+        assert (
+            max(watch.sizes.values()) < 4 * 32 * VOCABULARY * 4 / 2
+        )  # half the logits of the shorter batch, in fp32
     assert largest[0] == largest[1] == 8 * VOCABULARY * 4  # the chunk
 
 
 def test_the_watch_sees_a_dense_head(wide):
     """The test above would pass with a watch that is blind to what happens inside an autograd function or its backward pass."""
     hidden, weight, targets = bench_memory.head_case(64, torch.float32, VOCABULARY, 16)
-    for name, logits in (("dense", 64 * VOCABULARY * 4), ("chunked", 64 * VOCABULARY * 4)):  # here one chunk holds all rows
+    for name, logits in (
+        ("dense", 64 * VOCABULARY * 4),
+        ("chunked", 64 * VOCABULARY * 4),
+    ):  # here one chunk holds all rows
         with bench_memory.LargestTensors([weight]) as watch:
             bench_memory.HEADS[name](hidden, weight, targets)
         assert max(watch.sizes.values()) == logits
@@ -112,9 +141,15 @@ def test_a_role_costs_its_adapter_and_its_head(load):
 def test_the_arithmetic_meets_the_goals():
     """Against Qwen3-0.6B's published sizes, and the three goals; 100 kB of activations per token and layer is above what is counted on the CPU."""
     training = bench_memory.gpu_bytes(8, 512, 85e3)["training"]
-    assert training["embedding = head, bf16"] == 151_936 * 1024 * 2 and training["weights, NF4"] * 2 == 440_401_920  # 0.6 B with the embedding
+    assert (
+        training["embedding = head, bf16"] == 151_936 * 1024 * 2
+        and training["weights, NF4"] * 2 == 440_401_920
+    )  # 0.6 B with the embedding
     assert training["adapters, fp32"] == 2 * 28 * 16 * 22_528 * 4
-    short, long, ppo = (bench_memory.gpu_peak(8, tokens, 100e3, trained=trained) for tokens, trained in ((512, 1), (1024, 1), (512, 2)))
+    short, long, ppo = (
+        bench_memory.gpu_peak(8, tokens, 100e3, trained=trained)
+        for tokens, trained in ((512, 1), (1024, 1), (512, 2))
+    )
     assert short <= 3e9 and long <= 1.3 * short and ppo <= 1.3 * short
 
 
@@ -128,7 +163,11 @@ def test_the_limit_of_a_step_by_hand(tmp_path, model_dir):
     weights, head, scores = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96), 97 * 64, 4 * 2 * 64
     case = make_case("sft", model, 1, 0, 10)
     pairs = 37 * 37 / 2 + 10 * (37 + 5)
-    assert limits(case, {"flops": 1.0, "bytes": 1.0}) == {"rollout": 0.0, "scoring": 0.0, "update": 4 * 47 * weights + 4 * 10 * head + 3 * scores * pairs}
+    assert limits(case, {"flops": 1.0, "bytes": 1.0}) == {
+        "rollout": 0.0,
+        "scoring": 0.0,
+        "update": 4 * 47 * weights + 4 * 10 * head + 3 * scores * pairs,
+    }
     one = make_case("grpo", model, 1, 3, 1)
     moved = 2 * (weights + head) + 3 * 4 * 2 * 32 * 37
     assert limits(one, {"flops": 1e30, "bytes": 1.0})["rollout"] == moved
@@ -139,7 +178,16 @@ def test_a_random_model_can_be_sampled(tmp_path):
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
-    config = dict(model_type="qwen3", vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    config = dict(
+        model_type="qwen3",
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
     model = random_model(tmp_path / "m", tokenizer, **config)
     from policy import Policy
 

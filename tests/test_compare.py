@@ -20,7 +20,15 @@ ROOT = Path(__file__).parents[1]
 
 def start(module, *flags, **kwargs):
     command = [sys.executable, "-m", f"plots.{module}", *map(str, flags)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, **kwargs)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
 
 
 def finish(process, status=0):
@@ -31,7 +39,10 @@ def finish(process, status=0):
 
 def logged(folder):
     """What a run measured, without the clock."""
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in read_jsonl(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/")}
+        for line in read_jsonl(folder / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +55,29 @@ def test_the_quick_suite_to_its_figures(quick, tmp_path):
     out, printed = quick
     runs = suites.grid("tiny", quick=True)
     kept = {(path.parent.name, path.name) for path in out.glob("*/seed-*")}
-    assert kept == {(run.name, f"seed-{run.seed}") for run in runs} and f"[{len(runs)}/{len(runs)}]" in printed and "min left" in printed
-    assert not (out / ".unfinished").exists() and max(f.stat().st_size for f in out.rglob("*.*") if f.is_file()) < 30_000
+    assert (
+        kept == {(run.name, f"seed-{run.seed}") for run in runs}
+        and f"[{len(runs)}/{len(runs)}]" in printed
+        and "min left" in printed
+    )
+    assert (
+        not (out / ".unfinished").exists()
+        and max(f.stat().st_size for f in out.rglob("*.*") if f.is_file()) < 30_000
+    )
     about = json.loads((out / "ppo" / "seed-1" / "config.json").read_text())
-    assert about["study"]["command"].startswith("python baselines.py ppo --model tiny") and about["environment"]["versions"] and about["settings"]["seed"] == 1
+    assert (
+        about["study"]["command"].startswith("python baselines.py ppo --model tiny")
+        and about["environment"]["versions"]
+        and about["settings"]["seed"] == 1
+    )
     finish(start("figures", "--logs", out, "--out", tmp_path / "figures"))
     assert {path.stem for path in (tmp_path / "figures").glob("*.png")} == set(figures.SECTIONS)
     results, samples = ((tmp_path / "figures" / name).read_text() for name in ("results.md", "samples.md"))
     for name in suites.COMPARED:
-        assert results.count(f"| {figures.label(name)} |") + results.count(f"| **{figures.label(name)}** |") >= 3 and f"| {figures.label(name)} |" in samples
+        assert (
+            results.count(f"| {figures.label(name)} |") + results.count(f"| **{figures.label(name)}** |") >= 3
+            and f"| {figures.label(name)} |" in samples
+        )
     assert f"| {figures.label('grao')} |" in (out / "budgets.md").read_text()
 
 
@@ -74,13 +99,22 @@ def test_what_is_done_is_skipped_and_what_is_missing_or_broken_is_made(quick):
     (out / "sft" / "seed-1" / "samples.jsonl").write_text("{")
     flags = ["--suite", "tiny", "--quick", "--part", "comparison", "--out", out]
     printed, _ = finish(start("compare", *flags))
-    assert "13 done already" in printed and "[1/1] sft seed 1" in printed and logged(out / "sft" / "seed-1") == kept
+    assert (
+        "13 done already" in printed
+        and "[1/1] sft seed 1" in printed
+        and logged(out / "sft" / "seed-1") == kept
+    )
     assert all(path.stat().st_mtime_ns == t for path, t in before.items() if "sft/seed-1" not in str(path))
-    _, err = finish(start("compare", *flags, "--", "--lr", "0.5"), status=2)  # another run of the same name is no done run, nor is it thrown away
+    _, err = finish(
+        start("compare", *flags, "--", "--lr", "0.5"), status=2
+    )  # another run of the same name is no done run, nor is it thrown away
     assert "lr is " in err and "now wanted 0.5" in err and len(err.splitlines()) == 1
 
 
-ABLATIONS, FOURTEEN = ["--suite", "tiny", "--quick", "--part", "ablations", "--seeds", "1", "--jobs", "2"], ["--", "--steps", "14"]
+ABLATIONS, FOURTEEN = (
+    ["--suite", "tiny", "--quick", "--part", "ablations", "--seeds", "1", "--jobs", "2"],
+    ["--", "--steps", "14"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +138,36 @@ def test_stopped_and_gone_on_with_it_is_the_study_that_never_stopped(never_stopp
     finish(start("compare", *ABLATIONS, "--methods", "grao", "--out", tmp_path, *FOURTEEN))
     again = logged(tmp_path / "grao" / "seed-0")
     assert again == never_stopped and [line["step"] for line in again] == list(range(15))
-    assert (tmp_path / ".unfinished" / "grao-without-imitation-0").is_dir()  # not asked for this time: its checkpoint waits
+    assert (
+        tmp_path / ".unfinished" / "grao-without-imitation-0"
+    ).is_dir()  # not asked for this time: its checkpoint waits
 
 
 def test_a_run_that_fails_is_one_line_and_the_rest_goes_on(tmp_path):
-    flags = ["--suite", "hh", "--quick", "--part", "comparison", "--seeds", "1", "--model", "tiny", "--data", "tasks", "--out", tmp_path / "x"]
-    _, err = finish(start("compare", *flags, "--reward", "none", "--judge-reward", ROOT / "data" / "tiny"), status=2)
+    flags = [
+        "--suite",
+        "hh",
+        "--quick",
+        "--part",
+        "comparison",
+        "--seeds",
+        "1",
+        "--model",
+        "tiny",
+        "--data",
+        "tasks",
+        "--out",
+        tmp_path / "x",
+    ]
+    _, err = finish(
+        start("compare", *flags, "--reward", "none", "--judge-reward", ROOT / "data" / "tiny"), status=2
+    )
     lines = [line for line in err.splitlines() if "seed 0: failed (2): error: " in line]
-    assert len(lines) == len(suites.COMPARED) and "--reward none" in lines[0] and "7 of 7 runs failed" in err.splitlines()[-1]
+    assert (
+        len(lines) == len(suites.COMPARED)
+        and "--reward none" in lines[0]
+        and "7 of 7 runs failed" in err.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -127,11 +183,17 @@ def test_a_run_that_fails_is_one_line_and_the_rest_goes_on(tmp_path):
         (["--suite", "tiny", "--", "--seed", "3"], "--seed after --"),  # every seed would be this one
         (["--suite", "tiny", "--methods", "chord", "--", "--variant=ptx"], "--variant after --"),
         (["--suite", "smollm2", "--model", "none.gguf"], "none.gguf"),
-        (["--suite", "hh", "--model", "tiny", "--reward", "a", "--judge-reward", "none"], "reward model none"),
+        (
+            ["--suite", "hh", "--model", "tiny", "--reward", "a", "--judge-reward", "none"],
+            "reward model none",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(flags, said, capsys, monkeypatch):
-    for name, value in (("OMP_NUM_THREADS", "1"), ("PYTHONPATH", str(ROOT))):  # compare sets them for its runs; later tests must not inherit them
+    for name, value in (
+        ("OMP_NUM_THREADS", "1"),
+        ("PYTHONPATH", str(ROOT)),
+    ):  # compare sets them for its runs; later tests must not inherit them
         monkeypatch.setenv(name, value)
     assert exit_status(lambda: compare.compare(flags)) == 2
     err = capsys.readouterr().err
@@ -139,20 +201,40 @@ def test_bad_flags_are_one_line(flags, said, capsys, monkeypatch):
 
 
 def test_methods_are_chosen_by_name(capsys):
-    compare.compare(["--suite", "tiny", "--part", "comparison", "--seeds", "2", "--methods", "grao", "sft-grpo", "--list"])
+    compare.compare(
+        ["--suite", "tiny", "--part", "comparison", "--seeds", "2", "--methods", "grao", "sft-grpo", "--list"]
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert ["minigrao.py" in line for line in lines] == [False, True, False, True] and all("--variant sft-grpo" in line for line in lines[::2])
+    assert ["minigrao.py" in line for line in lines] == [False, True, False, True] and all(
+        "--variant sft-grpo" in line for line in lines[::2]
+    )
 
 
 def test_a_judge_scores_what_was_answered(load, tmp_path):
     policy = load("llama")
     randomise_all(policy.add_role("reward"))
     policy.save_role("reward", tmp_path / "judge")
-    lines = [dict(step=s, prompt="list 3 animals", reference="cat dog", completion=f"dog w{s}", truncated=s == 1, reward=0.5) for s in (0, 1)]
+    lines = [
+        dict(
+            step=s,
+            prompt="list 3 animals",
+            reference="cat dog",
+            completion=f"dog w{s}",
+            truncated=s == 1,
+            reward=0.5,
+        )
+        for s in (0, 1)
+    ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     compare.score_samples(tmp_path / "samples.jsonl", tmp_path / "judge")
     scored = read_jsonl(tmp_path / "samples.jsonl")
     texts = ["dog w0", "dog w1", "cat dog"]
-    a, b, y = policy.sequence_scores([policy.encode_prompt("list 3 animals")], [[policy.encode_answer(text) for text in texts]])[0].tolist()
-    assert [line["judge_reward"] for line in scored] == pytest.approx([a, b], abs=0.2)  # bf16; no penalty for being cut
-    assert [line["judge_reference_reward"] for line in scored] == pytest.approx([y, y], abs=0.2) and scored[0]["reward"] == 0.5
+    a, b, y = policy.sequence_scores(
+        [policy.encode_prompt("list 3 animals")], [[policy.encode_answer(text) for text in texts]]
+    )[0].tolist()
+    assert [line["judge_reward"] for line in scored] == pytest.approx(
+        [a, b], abs=0.2
+    )  # bf16; no penalty for being cut
+    assert [line["judge_reference_reward"] for line in scored] == pytest.approx([y, y], abs=0.2) and scored[
+        0
+    ]["reward"] == 0.5

@@ -1,4 +1,5 @@
 """The built-in chat tasks, and the loaders: formats, splits, order, and each error in one line."""
+
 import gzip
 import importlib
 import json
@@ -12,22 +13,29 @@ from data import constraints as checks
 
 loaders = importlib.import_module("data.loaders")
 TOPICS = importlib.import_module("data.chat_tasks").TOPICS
-HH = Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"  # real data beside the checkout, where there is any
+HH = (
+    Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
+)  # real data beside the checkout, where there is any
 
 
 # ----------------------------------------------------------------------------------------------------------- chat tasks
+
 
 def test_chat_tasks_are_deterministic_and_distinct():
     records = chat_tasks("train", 400, seed=3)
     assert records == chat_tasks("train", 400, seed=3) and records[:50] == chat_tasks("train", 50, seed=3)
     assert records != chat_tasks("train", 400, seed=4)
     assert len({r["prompt"] for r in records}) == 400
-    assert all(set(r) == {"prompt", "chosen", "rejected", "constraints", "min_words", "about"} for r in records)
+    assert all(
+        set(r) == {"prompt", "chosen", "rejected", "constraints", "min_words", "about"} for r in records
+    )
     assert all(r["chosen"] != r["rejected"] for r in records)
 
 
 def test_chat_splits_share_no_topic():
-    prompts = {s: {r["prompt"] for seed in range(3) for r in chat_tasks(s, 1000, seed)} for s in ("train", "heldout")}
+    prompts = {
+        s: {r["prompt"] for seed in range(3) for r in chat_tasks(s, 1000, seed)} for s in ("train", "heldout")
+    }
     assert not prompts["train"] & prompts["heldout"]
     sentences = [s for topic in TOPICS for s in topic["sentences"]]
     assert len(set(sentences)) == len(sentences) and len({t["topic"] for t in TOPICS}) == len(TOPICS) == 60
@@ -36,8 +44,10 @@ def test_chat_splits_share_no_topic():
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_chat_references_are_good_but_not_perfect(split):
     records = chat_tasks(split, 1500, seed=1)
-    met = {key: [ok for r in records for ok in checks.constraint_results(r[key], r["constraints"])]
-           for key in ("chosen", "rejected")}
+    met = {
+        key: [ok for r in records for ok in checks.constraint_results(r[key], r["constraints"])]
+        for key in ("chosen", "rejected")
+    }
     assert 0.75 < sum(met["chosen"]) / len(met["chosen"]) < 0.85
     assert 0.3 < sum(met["rejected"]) / len(met["rejected"]) < 0.5
     assert 0.2 < sum(len(r["constraints"]) == 2 for r in records) / len(records) < 0.32
@@ -48,13 +58,14 @@ def test_chat_references_are_good_but_not_perfect(split):
 
 
 def test_chat_tasks_refuse_what_they_cannot_give():
-    for split, n in (("test", 1), ("train", -1), ("heldout", 10 ** 6)):
+    for split, n in (("test", 1), ("train", -1), ("heldout", 10**6)):
         with pytest.raises(UserError):
             chat_tasks(split, n)
     assert chat_tasks("train", 0) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
+
 
 def write(path, records):
     text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
@@ -78,9 +89,13 @@ def test_builtin_tasks():
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
 def test_a_file_is_split_by_its_prompts(tmp_path, name):
-    path = write(tmp_path / name, [preference(i // 2, line=i, constraints=[{"type": "no_comma"}]) for i in range(600)])
+    path = write(
+        tmp_path / name, [preference(i // 2, line=i, constraints=[{"type": "no_comma"}]) for i in range(600)]
+    )
     train, heldout = load_records(path, "train"), load_records(path, "heldout")
-    assert sorted(r["line"] for r in train + heldout) == list(range(600))  # no record is lost, further columns stay
+    assert sorted(r["line"] for r in train + heldout) == list(
+        range(600)
+    )  # no record is lost, further columns stay
     assert not {r["prompt"] for r in train} & {r["prompt"] for r in heldout}
     assert 30 <= len(heldout) <= 100
     assert load_records(path, "train", n=7) == train[:7] and load_records(path, "train") == train
@@ -97,8 +112,10 @@ def test_tiny_files_have_both_splits(tmp_path, count):
 
 def test_messages_and_missing_rejected(tmp_path):
     prompt = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé\u2028llo?"}]
-    path = write(tmp_path / "chat.jsonl", [
-        {"prompt": prompt, "chosen": [{"role": "assistant", "content": "Hi."}]}, preference(1, rejected="")])
+    path = write(
+        tmp_path / "chat.jsonl",
+        [{"prompt": prompt, "chosen": [{"role": "assistant", "content": "Hi."}]}, preference(1, rejected="")],
+    )
     records = {str(r["prompt"]): r for r in load_records(path, "train") + load_records(path, "heldout")}
     assert records[str(prompt)] == {"prompt": prompt, "chosen": "Hi."}
     assert records["Question 1?"]["rejected"] == ""
@@ -106,17 +123,30 @@ def test_messages_and_missing_rejected(tmp_path):
 
 GOOD = json.dumps(preference(1)).encode()
 BAD_LINES = [  # (second line of the file, a word of the reason)
-    (b"{", "not JSON"), (b"[1]", "list"), (b'"text"', "str"), (b"7", "int"), (b'{"prompt": "p"}', "chosen"),
-    (b'{"chosen": "c"}', "prompt"), (b'{"prompt": 3, "chosen": "c"}', "int"), (b'{"prompt": "p", "chosen": 3}', "chosen"),
-    (b'{"prompt": "p", "chosen": null}', "chosen"), (b'{"prompt": " ", "chosen": "c"}', "empty"),
-    (b'{"prompt": "p", "chosen": ""}', "empty"), (b'{"prompt": "p", "chosen": "c", "rejected": 1}', "rejected"),
-    (b'{"prompt": [], "chosen": "c"}', "empty"), (b'{"prompt": [{"role": "user"}], "chosen": "c"}', "content"),
+    (b"{", "not JSON"),
+    (b"[1]", "list"),
+    (b'"text"', "str"),
+    (b"7", "int"),
+    (b'{"prompt": "p"}', "chosen"),
+    (b'{"chosen": "c"}', "prompt"),
+    (b'{"prompt": 3, "chosen": "c"}', "int"),
+    (b'{"prompt": "p", "chosen": 3}', "chosen"),
+    (b'{"prompt": "p", "chosen": null}', "chosen"),
+    (b'{"prompt": " ", "chosen": "c"}', "empty"),
+    (b'{"prompt": "p", "chosen": ""}', "empty"),
+    (b'{"prompt": "p", "chosen": "c", "rejected": 1}', "rejected"),
+    (b'{"prompt": [], "chosen": "c"}', "empty"),
+    (b'{"prompt": [{"role": "user"}], "chosen": "c"}', "content"),
     (b'{"prompt": [{"role": "boss", "content": "x"}], "chosen": "c"}', "role"),
     (b'{"prompt": [{"role": "assistant", "content": "x"}], "chosen": "c"}', "assistant"),
     (b'{"prompt": "p", "chosen": [{"role": "user", "content": "x"}]}', "chosen"),
-    (b'{"prompt": "p", "chosen": "c", "score": NaN}', "NaN"), (b'{"prompt": "p", "chosen": "c", "score": -Infinity}', "Inf"),
-    (b'{"prompt": "\xff", "chosen": "c"}', "UTF-8"), (b'{"prompt": "\\ud800", "chosen": "c"}', "surrogate"),
-    (b"[" * 100_000, "JSON"), (b'{"prompt": "p", "chosen": "c"} {}', "not JSON")]
+    (b'{"prompt": "p", "chosen": "c", "score": NaN}', "NaN"),
+    (b'{"prompt": "p", "chosen": "c", "score": -Infinity}', "Inf"),
+    (b'{"prompt": "\xff", "chosen": "c"}', "UTF-8"),
+    (b'{"prompt": "\\ud800", "chosen": "c"}', "surrogate"),
+    (b"[" * 100_000, "JSON"),
+    (b'{"prompt": "p", "chosen": "c"} {}', "not JSON"),
+]
 
 
 @pytest.mark.parametrize("line, word", BAD_LINES, ids=range(len(BAD_LINES)))
@@ -130,9 +160,14 @@ def test_a_bad_line_is_named(tmp_path, line, word):
 
 
 def test_bad_files_are_named(tmp_path):
-    files = {"none.jsonl": (None, "no such file"), "empty.jsonl": (b"", "no record"), "blank.jsonl": (b"\n \n", "no record"),
-             "plain.jsonl.gz": (GOOD, "gzip"), "cut.jsonl.gz": (gzip.compress(GOOD)[:-9], "gzip"),
-             "one.jsonl": (GOOD, "two different prompts")}
+    files = {
+        "none.jsonl": (None, "no such file"),
+        "empty.jsonl": (b"", "no record"),
+        "blank.jsonl": (b"\n \n", "no record"),
+        "plain.jsonl.gz": (GOOD, "gzip"),
+        "cut.jsonl.gz": (gzip.compress(GOOD)[:-9], "gzip"),
+        "one.jsonl": (GOOD, "two different prompts"),
+    }
     for name, (content, reason) in files.items():
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -151,46 +186,79 @@ def test_a_hub_that_cannot_be_reached(monkeypatch):
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route\nto host")
+
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
     monkeypatch.setattr(hub, "get_hf_file_metadata", unreachable)
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)
     with pytest.raises(UserError) as error:
         load_records("hh-helpful", "train")
-    assert "local" in str(error.value) and "helpful-base/train.jsonl.gz" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "local" in str(error.value)
+        and "helpful-base/train.jsonl.gz" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_the_hub_gives_the_official_splits(tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     path = write(tmp_path / "test.jsonl.gz", [{"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")}])
     asked = []
-    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda repo, name, **kwargs: asked.append(name) or str(path))
+    monkeypatch.setattr(
+        hub, "try_to_load_from_cache", lambda repo, name, **kwargs: asked.append(name) or str(path)
+    )
     assert len(load_records("hh-harmless", "heldout")) == len(load_records("hh-helpful", "train")) == 1
     assert asked == ["harmless-base/test.jsonl.gz", "helpful-base/train.jsonl.gz"]
 
 
 # -------------------------------------------------------------------------------------------------------------- HH-RLHF
 
+
 def test_dialogue_pairs(tmp_path):
-    good = {"chosen": dialogue("q1", "a1", "q2\n\nmore", " yes"), "rejected": dialogue("q1", "a1", "q2\n\nmore", "no"), "id": 1}
-    bad = {"with different prompts": (dialogue("q", "a"), dialogue("p", "b")),
-           "with an empty answer": (dialogue("q", "a"), dialogue("q", "")),
-           "with twice the same answer": (dialogue("q", "a"), dialogue("q", "a")),
-           "with a human turn in the answer": (dialogue("q", "a"), dialogue("q", "b", "q")),
-           "with an empty turn": (dialogue("q", " ", "q", "a"), dialogue("q", " ", "q", "b")),
-           "whose turns do not alternate": (dialogue("q", "a") + "\n\nAssistant: b", dialogue("q", "a") + "\n\nAssistant: c"),
-           "without an assistant's turn": ("\n\nHuman: q", "\n\nHuman: q")}
+    good = {
+        "chosen": dialogue("q1", "a1", "q2\n\nmore", " yes"),
+        "rejected": dialogue("q1", "a1", "q2\n\nmore", "no"),
+        "id": 1,
+    }
+    bad = {
+        "with different prompts": (dialogue("q", "a"), dialogue("p", "b")),
+        "with an empty answer": (dialogue("q", "a"), dialogue("q", "")),
+        "with twice the same answer": (dialogue("q", "a"), dialogue("q", "a")),
+        "with a human turn in the answer": (dialogue("q", "a"), dialogue("q", "b", "q")),
+        "with an empty turn": (dialogue("q", " ", "q", "a"), dialogue("q", " ", "q", "b")),
+        "whose turns do not alternate": (
+            dialogue("q", "a") + "\n\nAssistant: b",
+            dialogue("q", "a") + "\n\nAssistant: c",
+        ),
+        "without an assistant's turn": ("\n\nHuman: q", "\n\nHuman: q"),
+    }
     path = write(tmp_path / "hh.jsonl", [good] + [{"chosen": c, "rejected": r} for c, r in bad.values()])
     with pytest.warns(UserWarning, match="dropped 7 of 8 pairs") as caught:
         records = loaders.read_records(path)
     assert all(f"1 {reason}" in str(caught[0].message) for reason in bad)
-    assert records == [{"prompt": [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "a1"},
-                                   {"role": "user", "content": "q2\n\nmore"}],
-                        "chosen": " yes", "rejected": "no", "id": 1}]
+    assert records == [
+        {
+            "prompt": [
+                {"role": "user", "content": "q1"},
+                {"role": "assistant", "content": "a1"},
+                {"role": "user", "content": "q2\n\nmore"},
+            ],
+            "chosen": " yes",
+            "rejected": "no",
+            "id": 1,
+        }
+    ]
 
 
 @pytest.mark.skipif(not HH.is_dir(), reason="the HH-RLHF files are not beside the checkout")
-@pytest.mark.parametrize("name, total", [("helpful-base.test", 2354), ("harmless-base.test", 2312),
-                                         ("helpful-online.test", 1137), ("helpful-rejection-sampled.test", 2249)])
+@pytest.mark.parametrize(
+    "name, total",
+    [
+        ("helpful-base.test", 2354),
+        ("harmless-base.test", 2312),
+        ("helpful-online.test", 1137),
+        ("helpful-rejection-sampled.test", 2249),
+    ],
+)
 def test_real_dialogues_can_be_put_together_again(name, total):
     path = HH / f"{name}.jsonl.gz"
     originals = {(p["chosen"], p["rejected"]) for p in map(json.loads, gzip.open(path))}
@@ -198,7 +266,9 @@ def test_real_dialogues_can_be_put_together_again(name, total):
         records = loaders.read_records(path)
     assert 0.98 * total < len(records) < total
     for r in records:
-        assert [m["role"] for m in r["prompt"]] == (["user", "assistant"] * len(r["prompt"]))[:len(r["prompt"])]
+        assert [m["role"] for m in r["prompt"]] == (["user", "assistant"] * len(r["prompt"]))[
+            : len(r["prompt"])
+        ]
         assert r["prompt"][-1]["role"] == "user"
         prefix = dialogue(*(m["content"] for m in r["prompt"]))
         assert tuple(f"{prefix}\n\nAssistant: {r[key]}" for key in ("chosen", "rejected")) in originals

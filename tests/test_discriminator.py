@@ -40,6 +40,7 @@ def config(**changes):
 
 # --------------------------------------------------------------------------------------------------------------- scores
 
+
 def alone(policy, role, ids):
     """Hidden states of one sequence by itself."""
     with torch.no_grad(), policy.role(role):
@@ -55,7 +56,9 @@ def test_polar_reads_prompt_expert_prompt_candidate(policy, most):
             state = alone(policy, "discriminator", q + y + q + o)[-1]
             assert D == pytest.approx(policy.heads["discriminator"](state).item(), rel=1e-3, abs=1e-4)
     others = scores("polar", policy, PROMPTS, EXPERTS[::-1], CANDIDATES, most)
-    assert all(abs(a - b) > 1e-3 for x, y in zip(found, others) for a, b in zip(x, y))  # it does compare with the expert
+    assert all(
+        abs(a - b) > 1e-3 for x, y in zip(found, others) for a, b in zip(x, y)
+    )  # it does compare with the expert
 
 
 def test_cotrained_does_not_see_the_expert_beside_the_candidate(policy):
@@ -71,23 +74,36 @@ def test_embedding_is_the_cosine_of_mean_states_of_the_backbone(policy, most):
     for q, y, group, row in zip(PROMPTS, EXPERTS, CANDIDATES, found):
         mean = {i: alone(policy, "backbone", q + o)[len(q) :].mean(0) for i, o in enumerate([*group, y])}
         for i, D in enumerate(row):
-            assert D == pytest.approx(float(torch.cosine_similarity(mean[i], mean[len(group)], dim=0)), abs=1e-4)
+            assert D == pytest.approx(
+                float(torch.cosine_similarity(mean[i], mean[len(group)], dim=0)), abs=1e-4
+            )
     assert scores("embedding", policy, PROMPTS, EXPERTS, [[y] for y in EXPERTS]) == [[pytest.approx(1)]] * 2
     with_adapter = alone(policy, "policy", PROMPTS[0])
-    assert (with_adapter - alone(policy, "backbone", PROMPTS[0])).abs().max() > 0.01  # so the adapter would show
+    assert (
+        with_adapter - alone(policy, "backbone", PROMPTS[0])
+    ).abs().max() > 0.01  # so the adapter would show
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs
 
-@pytest.mark.parametrize("make, another", ((tiny_tasks, another_tiny_answer), (chat_tasks, another_chat_answer)), ids=("tiny", "chat"))
+
+@pytest.mark.parametrize(
+    "make, another",
+    ((tiny_tasks, another_tiny_answer), (chat_tasks, another_chat_answer)),
+    ids=("tiny", "chat"),
+)
 def test_a_second_reference_is_another_text_of_the_same_kind(make, another):
     from reward import verifier
+
     records, rng = make("train", 1000), random.Random(0)
     texts = [another(r, rng) for r in records]
     assert all(text != r["chosen"] for text, r in zip(texts, records))
     columns = {k: [r.get(k) for r in records] for k in ("prompt", "constraints", "min_words", "about")}
-    passed = [sum(verifier(columns["prompt"], answers, **{k: v for k, v in columns.items() if k != "prompt"})) / 1000
-              for answers in ([r["chosen"] for r in records], texts)]
+    passed = [
+        sum(verifier(columns["prompt"], answers, **{k: v for k, v in columns.items() if k != "prompt"}))
+        / 1000
+        for answers in ([r["chosen"] for r in records], texts)
+    ]
     assert abs(passed[0] - passed[1]) < 0.08  # neither a better nor a worse expert
 
 
@@ -101,10 +117,14 @@ def test_roles_of_a_pair_are_random_and_never_the_same_text(tiny):
         q, chosen = next((q, y) for q, y in asked if prompt[: len(q)] == prompt[-len(q) :] == q)
         reference = prompt[len(q) : -len(q)]
         assert prompt == condition(q, reference) and positive != reference and negative != positive
-        assert chosen in (reference, positive) and positive[-1] == reference[-1] == tiny.tokenizer.eos_token_id
+        assert (
+            chosen in (reference, positive) and positive[-1] == reference[-1] == tiny.tokenizer.eos_token_id
+        )
         where["reference" if reference == chosen else "positive"] += 1
     assert len(pairs) >= 195 and min(where.values()) > 70
-    near, far = ([abs(len(p[1]) - len(p[2])) for p in expert_pairs(tiny, records, c, 3, draws)] for draws in (8, 1))
+    near, far = (
+        [abs(len(p[1]) - len(p[2])) for p in expert_pairs(tiny, records, c, 3, draws)] for draws in (8, 1)
+    )
     assert sum(near) < 0.5 * sum(far)  # of eight samples the one nearest in length
 
 
@@ -112,14 +132,20 @@ def test_experts_of_a_file():
     c, record = config(data="file.jsonl"), {"prompt": "list 2 animals", "chosen": "cat dog"}
     assert another_expert(record, c) is None and another_expert(record | {"experts": ["cat dog"]}, c) is None
     several = record | {"experts": ["cat dog", "ant fox", "bear lion"]}
-    assert {another_expert(several, config(data="file.jsonl", seed=s)) for s in range(20)} == {"ant fox", "bear lion"}
+    assert {another_expert(several, config(data="file.jsonl", seed=s)) for s in range(20)} == {
+        "ant fox",
+        "bear lion",
+    }
     with pytest.raises(UserError, match="experts"):
         another_expert(record | {"experts": ["", "cat"]}, c)
 
 
 def test_pairs_that_cannot_be_used_are_counted_or_refused(tiny, capsys):
     c = config(data="file.jsonl", max_new_tokens=8)
-    good, short = {"prompt": "list 2 animals", "chosen": "cat dog", "experts": ["ant fox"]}, {"prompt": "list 3 fruits", "chosen": "plum"}
+    good, short = (
+        {"prompt": "list 2 animals", "chosen": "cat dog", "experts": ["ant fox"]},
+        {"prompt": "list 3 fruits", "chosen": "plum"},
+    )
     long = {"prompt": "list 2 animals", "chosen": "cat " * 300, "experts": ["ant"]}
     assert len(expert_pairs(tiny, [good, short, long], c, 0)) <= 1
     assert "left out 1 records without a second expert answer and 1 longer" in capsys.readouterr().err
@@ -128,6 +154,7 @@ def test_pairs_that_cannot_be_used_are_counted_or_refused(tiny, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ learning, testing
+
 
 def test_polar_learns_what_sets_the_expert_apart(tiny_file):
     """An expert who always ends with "bye" is told from the policy on unseen prompts, whatever the length."""
@@ -142,7 +169,10 @@ def test_polar_learns_what_sets_the_expert_apart(tiny_file):
 @pytest.fixture
 def tiny_file(tmp_path):
     rng = random.Random(0)
-    records = [r | {"chosen": r["chosen"] + " bye", "experts": [another_tiny_answer(r, rng) + " bye"]} for r in tiny_tasks("train", 250)]
+    records = [
+        r | {"chosen": r["chosen"] + " bye", "experts": [another_tiny_answer(r, rng) + " bye"]}
+        for r in tiny_tasks("train", 250)
+    ]
     (tmp_path / "bye.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     return tmp_path / "bye.jsonl"
 
@@ -150,11 +180,15 @@ def tiny_file(tmp_path):
 def test_the_test_splits_by_length_and_names_the_floor(monkeypatch):
     """By hand: four pairs, expert 1 longer, 2 longer, equal, 1 shorter; right, wrong, a tie, right."""
     pairs = [([1], [1] * n, [1] * m) for n, m in ((3, 2), (3, 1), (2, 2), (1, 2))]
-    monkeypatch.setattr(discriminator, "group_scores", lambda *_: [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, 1.0]])
+    monkeypatch.setattr(
+        discriminator, "group_scores", lambda *_: [[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [2.0, 1.0]]
+    )
     found = {name: (n, share) for name, n, share, _, _ in measure(None, pairs, pairs, 0)}
     by_length = {"expert shorter": (1, 1.0), "same length": (1, 0.5), "expert longer": (2, 0.5)}
     assert found == by_length | {"all": (4, 0.625), "length alone: the longer one": (4, 0.625)}
-    assert "length alone: the shorter one" in [row[0] for row in measure(None, [([1], [1], [1, 1])], pairs, 0)]
+    assert "length alone: the shorter one" in [
+        row[0] for row in measure(None, [([1], [1], [1, 1])], pairs, 0)
+    ]
 
 
 def test_judge_scores_samples_and_a_second_expert():
@@ -166,44 +200,98 @@ def test_judge_scores_samples_and_a_second_expert():
     seconds = [[t.policy.encode_answer(another_expert(r, t.config))] for r in batch.records]
     expert = [row[0] for row in scores("polar", t.policy, batch.prompts, batch.references, seconds)]
     wins = [(e > o) + 0.5 * (e == o) for e, row in zip(expert, plain) for o in row]
-    assert metrics["score/expert"] == pytest.approx(sum(expert) / 3, abs=1e-4) and metrics["score/accuracy"] == pytest.approx(sum(wins) / 12)
-    t.config.data, batch.records = "file.jsonl", [{k: v for k, v in r.items() if k != "experts"} for r in batch.records]
-    assert "score/expert" not in discriminator.judge(t, "embedding", batch)[1]  # y beside itself would say nothing
+    assert metrics["score/expert"] == pytest.approx(sum(expert) / 3, abs=1e-4) and metrics[
+        "score/accuracy"
+    ] == pytest.approx(sum(wins) / 12)
+    t.config.data, batch.records = (
+        "file.jsonl",
+        [{k: v for k, v in r.items() if k != "experts"} for r in batch.records],
+    )
+    assert (
+        "score/expert" not in discriminator.judge(t, "embedding", batch)[1]
+    )  # y beside itself would say nothing
 
 
 def test_a_reward_model_is_no_discriminator(tiny, tmp_path, capsys):
     policy = Policy.load("tiny", quantize="nf4")
     policy.add_role("reward")
     policy.save_role("reward", tmp_path / "rm")
-    assert command_line([*SMALL, *FEW, "--discriminator", str(tmp_path / "rm"), "--out", str(tmp_path / "run")]) == 2
+    assert (
+        command_line([*SMALL, *FEW, "--discriminator", str(tmp_path / "rm"), "--out", str(tmp_path / "run")])
+        == 2
+    )
     assert "made by python uniapl.py discriminator" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- teach
 
+
 def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
     out = tmp_path / "teacher.jsonl"
-    flags = ["--model", "tiny", "--quantize", "nf4", "--prompts", "40", "--samples", "6", "--max-new-tokens", "24", "--out", str(out)]
+    flags = [
+        "--model",
+        "tiny",
+        "--quantize",
+        "nf4",
+        "--prompts",
+        "40",
+        "--samples",
+        "6",
+        "--max-new-tokens",
+        "24",
+        "--out",
+        str(out),
+    ]
     assert teach.main(flags) == 0
     said, records = capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()]
     from reward import verifier
+
     prompts = {r["prompt"] for r in tiny_tasks("train", 40)}
     for r in records:
         answers = [r["chosen"], *r["experts"]]
         assert r["prompt"] in prompts and len(set(answers)) == len(answers) <= 6 and "rejected" not in r
-        assert verifier([r["prompt"]] * len(answers), answers, constraints=[r["constraints"]] * len(answers)) == [1.0] * len(answers)
-    assert "240 answers to 40 prompts" in said and f"{len(records)} prompts kept" in said and 5 < len(records) < 40
+        assert verifier(
+            [r["prompt"]] * len(answers), answers, constraints=[r["constraints"]] * len(answers)
+        ) == [1.0] * len(answers)
+    assert (
+        "240 answers to 40 prompts" in said
+        and f"{len(records)} prompts kept" in said
+        and 5 < len(records) < 40
+    )
     assert load_records(str(out), "train")  # it is data for the methods
     assert teach.main(flags) == 2 and "exists already" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, said", (
-    (["--samples", "0"], "--samples 0"), (["--temperature", "0"], "--temperature"), (["--model", "nowhere"], "model nowhere"),
-    (["--max-new-tokens", "1"], "nothing to write"), (["--data", "PLAIN"], "constraints"),
-))
+@pytest.mark.parametrize(
+    "flags, said",
+    (
+        (["--samples", "0"], "--samples 0"),
+        (["--temperature", "0"], "--temperature"),
+        (["--model", "nowhere"], "model nowhere"),
+        (["--max-new-tokens", "1"], "nothing to write"),
+        (["--data", "PLAIN"], "constraints"),
+    ),
+)
 def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
-    (tmp_path / "plain.jsonl").write_text("".join(json.dumps({"prompt": f"list {n} animals", "chosen": "cat"}) + "\n" for n in range(9)))
+    (tmp_path / "plain.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"list {n} animals", "chosen": "cat"}) + "\n" for n in range(9))
+    )
     flags = [str(tmp_path / "plain.jsonl") if f == "PLAIN" else f for f in flags]
-    assert teach.main(["--model", "tiny", "--prompts", "3", "--samples", "2", "--out", str(tmp_path / "t.jsonl"), *flags]) == 2
+    assert (
+        teach.main(
+            [
+                "--model",
+                "tiny",
+                "--prompts",
+                "3",
+                "--samples",
+                "2",
+                "--out",
+                str(tmp_path / "t.jsonl"),
+                *flags,
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "t.jsonl").exists()

@@ -27,7 +27,7 @@ def exact_kl(theta, phi, length, reverse=False, fixed_prefix=True):
     """Sum over positions of E_prefix~pi KL(pi || ref), or KL(ref || pi); fixed_prefix: E_prefix not differentiated."""
     p, q = theta.log_softmax(-1), phi.log_softmax(-1)
     kl = (q.exp() * (q - p) if reverse else p.exp() * (p - q)).sum(1)  # (prefixes,)
-    weight = torch.cat([torch.ones(1, dtype=p.dtype), p[0].exp()])[:len(kl)]
+    weight = torch.cat([torch.ones(1, dtype=p.dtype), p[0].exp()])[: len(kl)]
     return ((weight.detach() if fixed_prefix else weight) * kl).sum()
 
 
@@ -36,8 +36,10 @@ def expected(theta, phi, length, kl):
     logps, ref = sequences(theta, length), sequences(phi, length)
     weights = logps.detach().sum(1).exp()
     settings = {"kl_coef": 1.0, "kl": kl, "aggregate": "constant", "max_length": 1}
-    return sum(w * B.grpo_loss(x[None], None, r[None], torch.zeros(1), torch.ones(1, length), **settings)[0]
-               for w, x, r in zip(weights, logps, ref))
+    return sum(
+        w * B.grpo_loss(x[None], None, r[None], torch.zeros(1), torch.ones(1, length), **settings)[0]
+        for w, x, r in zip(weights, logps, ref)
+    )
 
 
 @pytest.mark.parametrize("length", (1, 2))
@@ -67,8 +69,10 @@ def test_k1_in_the_reward_follows_the_kl_of_whole_sequences():
         returns = B.gae(rewards, torch.zeros_like(rewards), ones, gamma=1.0, lam=1.0)[1]
         return -(logps.detach().sum(1).exp()[:, None] * returns * logps).sum()
 
-    torch.testing.assert_close(value_and_grad(surrogate, theta)[1],
-                               value_and_grad(lambda x: exact_kl(x, phi, 2, fixed_prefix=False), theta)[1])
+    torch.testing.assert_close(
+        value_and_grad(surrogate, theta)[1],
+        value_and_grad(lambda x: exact_kl(x, phi, 2, fixed_prefix=False), theta)[1],
+    )
 
 
 def test_k1_can_be_negative_and_k3_cannot():

@@ -28,7 +28,15 @@ def plain_advantages(rewards, y, group, eps=1e-6):
 def plain_objective(J_expl, J_imit, A_o, A_y, beta, lam, without=None):
     """Eq. (3) for one prompt, in Python, and its gradient as the paper decomposes it."""
     G, on = len(J_expl), {term: float(term != without) for term in TERMS}
-    J = sum(on["exploration"] * a * j + on["imitation"] * beta * A_y * J_imit + on["regularizer"] * lam * a * (j - J_imit) for a, j in zip(A_o, J_expl)) / G
+    J = (
+        sum(
+            on["exploration"] * a * j
+            + on["imitation"] * beta * A_y * J_imit
+            + on["regularizer"] * lam * a * (j - J_imit)
+            for a, j in zip(A_o, J_expl)
+        )
+        / G
+    )
     d_expl = [(on["exploration"] + on["regularizer"] * lam) * a / G for a in A_o]
     d_imit = on["imitation"] * beta * A_y - on["regularizer"] * lam * sum(A_o) / G
     return J, d_expl, d_imit
@@ -37,7 +45,11 @@ def plain_objective(J_expl, J_imit, A_o, A_y, beta, lam, without=None):
 def batch(B, G, group):
     """J_expl, J_imit (with gradient), A_o, A_y."""
     J_expl, J_imit = -rand(B, G, seed=1).abs(), -rand(B, seed=2).abs()
-    return J_expl.requires_grad_(), J_imit.requires_grad_(), *group_advantages(rand(B, G, seed=3), rand(B, seed=4), group)
+    return (
+        J_expl.requires_grad_(),
+        J_imit.requires_grad_(),
+        *group_advantages(rand(B, G, seed=3), rand(B, seed=4), group),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -60,9 +72,14 @@ def test_advantages_are_eq_4(B, G, group):
 def test_advantages_are_over_the_group_not_the_batch(group):
     """A generous prompt beside a strict one: normalised together, all answers to the first looked good."""
     rewards, y = rand(2, 4, seed=3), rand(2, seed=4)
-    shift, scale = torch.tensor([100.0, 0.0], dtype=torch.float64), torch.tensor([3.0, 1.0], dtype=torch.float64)
+    shift, scale = (
+        torch.tensor([100.0, 0.0], dtype=torch.float64),
+        torch.tensor([3.0, 1.0], dtype=torch.float64),
+    )
     moved = group_advantages(rewards * scale[:, None] + shift[:, None], y * scale + shift, group)
-    for a, b, c in zip(group_advantages(rewards, y, group), moved, group_advantages(rewards[:1], y[:1], group)):
+    for a, b, c in zip(
+        group_advantages(rewards, y, group), moved, group_advantages(rewards[:1], y[:1], group)
+    ):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # up to eps
         torch.testing.assert_close(a[:1], c)
 
@@ -95,10 +112,15 @@ def test_a_tie_in_one_group_leaves_the_others_alone():
 def test_whole_numbers_as_rewards():
     """Verifiers pay 0 and 1; integer means would be an error or, divided, 0."""
     A_o, A_y = group_advantages(torch.tensor([[0, 1, 1]]), torch.tensor([1]))
-    assert torch.equal(A_o, group_advantages(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([1.0]))[0]) and A_y[0] > 0
+    assert (
+        torch.equal(A_o, group_advantages(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([1.0]))[0])
+        and A_y[0] > 0
+    )
 
 
-@pytest.mark.parametrize("rewards, y", (((3,), (3,)), ((2, 3), (3,)), ((2, 3), (2, 1)), ((2, 3), ()), ((2, 3, 1), (2,))))
+@pytest.mark.parametrize(
+    "rewards, y", (((3,), (3,)), ((2, 3), (3,)), ((2, 3), (2, 1)), ((2, 3), ()), ((2, 3, 1), (2,)))
+)
 def test_shapes_that_would_broadcast_are_refused(rewards, y):
     with pytest.raises(ValueError, match="rewards"):
         group_advantages(torch.zeros(rewards), torch.zeros(y))
@@ -121,13 +143,18 @@ def test_loss_is_eq_3(B, G, group, beta, lam, without):
     """Value, gradient and each ablation; the parts sum to the objective, of which the loss is the negative."""
     J_expl, J_imit, A_o, A_y = batch(B, G, group)
     loss, parts = grao_loss(J_expl, J_imit, A_o, A_y, beta, lam, without)
-    plain = [plain_objective(*row, beta, lam, without) for row in zip(J_expl.tolist(), J_imit.tolist(), A_o.tolist(), A_y.tolist())]
+    plain = [
+        plain_objective(*row, beta, lam, without)
+        for row in zip(J_expl.tolist(), J_imit.tolist(), A_o.tolist(), A_y.tolist())
+    ]
     assert loss.item() == pytest.approx(-sum(p[0] for p in plain) / B, rel=1e-12, abs=1e-14)
     d_expl, d_imit = torch.autograd.grad(loss, (J_expl, J_imit))
     torch.testing.assert_close(d_expl, -torch.tensor([p[1] for p in plain], dtype=torch.float64) / B)
     torch.testing.assert_close(d_imit, -torch.tensor([p[2] for p in plain], dtype=torch.float64) / B)
     assert tuple(parts) == TERMS and sum(parts.values()).item() == pytest.approx(-loss.item(), rel=1e-12)
-    assert not any(value.requires_grad for value in parts.values()) and (without is None or parts[without] == 0)
+    assert not any(value.requires_grad for value in parts.values()) and (
+        without is None or parts[without] == 0
+    )
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -139,7 +166,9 @@ def test_the_regulariser_only_weighs_anew(group):
     identity = ((1 + lam) * (A_o * J_expl).mean(1) + weight * A_y * J_imit).mean()
     loss, _ = grao_loss(J_expl, J_imit, A_o, A_y, beta, lam)
     torch.testing.assert_close(-loss, identity)
-    for ours, theirs in zip(torch.autograd.grad(-loss, (J_expl, J_imit)), torch.autograd.grad(identity, (J_expl, J_imit))):
+    for ours, theirs in zip(
+        torch.autograd.grad(-loss, (J_expl, J_imit)), torch.autograd.grad(identity, (J_expl, J_imit))
+    ):
         torch.testing.assert_close(ours, theirs)
 
 
@@ -188,5 +217,12 @@ def test_exploration_alone_is_on_policy_grpo():
     A, A_y = group_advantages(rewards, rewards[:, 0], "samples")
     J = (logps * mask).sum(-1) / mask.sum(-1)
     grao, _ = grao_loss(J, J[:, 0].detach(), A, A_y, beta=0.0, lam=0.0)
-    grpo, _ = baselines.grpo_loss(logps.flatten(0, 1), None, None, baselines.grpo_advantages(rewards).flatten(), mask.flatten(0, 1), aggregate="sequence")
+    grpo, _ = baselines.grpo_loss(
+        logps.flatten(0, 1),
+        None,
+        None,
+        baselines.grpo_advantages(rewards).flatten(),
+        mask.flatten(0, 1),
+        aggregate="sequence",
+    )
     torch.testing.assert_close(*(torch.autograd.grad(loss, logps)[0] for loss in (grao, grpo)))

@@ -59,7 +59,9 @@ def test_kl_is_exactly_0_when_training_starts_from_an_adapter(load, adapter, qua
 
 def test_only_the_policy_adapter_learns(load, adapter):
     policy = load(fresh=True, adapter=adapter)
-    assert {id(p) for p in policy.hf.parameters() if p.requires_grad} == {id(p) for p in policy.trainable().values()}
+    assert {id(p) for p in policy.hf.parameters() if p.requires_grad} == {
+        id(p) for p in policy.trainable().values()
+    }
     policy.token_logps(PROMPTS, COMPLETIONS).logps.sum().backward()
     assert all(p.grad.abs().max() > 0 for p in policy.trainable().values())
     assert not policy.token_logps(PROMPTS, COMPLETIONS, role="reference").logps.requires_grad
@@ -92,18 +94,24 @@ def test_lora_dropout_leaves_the_ratio_at_1(load, adapter, tmp_path):
     dropped = edited(adapter, tmp_path / "dropped", lora_dropout=0.5)
     policy = load(fresh=True, adapter=dropped)
     assert policy.peft.peft_config["default"].lora_dropout == 0.5 and policy.hf.training
-    assert torch.equal(score(policy), score(policy)) and torch.equal(score(policy), score(policy, "reference"))
+    assert torch.equal(score(policy), score(policy)) and torch.equal(
+        score(policy), score(policy, "reference")
+    )
     assert torch.equal(score(policy), score(load(fresh=True, adapter=adapter)))
 
 
 @pytest.mark.parametrize("family", ("gpt2", "opt"))
 def test_a_models_own_dropout_leaves_the_ratio_at_1(model_dir, family):
     """0.1 by default in both; OPT hands its rate to F.dropout, GPT-2 to attention, so Dropout.eval() reaches neither."""
-    policy = Policy.load(model_dir(family, num_key_value_heads=None, head_dim=None), device="cpu", dtype="float32")
+    policy = Policy.load(
+        model_dir(family, num_key_value_heads=None, head_dim=None), device="cpu", dtype="float32"
+    )
     assert torch.equal(score(policy), score(policy))
 
 
-@pytest.mark.parametrize("family, changes", (("lfm2", dict(layer_types=["conv", "full_attention"])), ("stablelm", {})))
+@pytest.mark.parametrize(
+    "family, changes", (("lfm2", dict(layer_types=["conv", "full_attention"])), ("stablelm", {}))
+)
 def test_an_architecture_that_mixes_neighbours_is_refused(model_dir, family, changes):
     """A convolution runs over the end of one text into the next, and scores were wrong by nats without a sign."""
     with pytest.raises(UserError, match="cannot be scored"):
@@ -121,12 +129,16 @@ def test_a_saved_role_scores_as_before_here_and_as_a_sequence_classifier(load, f
     policy.save_role("reward", tmp_path / "role")
 
     again = load(family, quantize=quantize)
-    assert not any(p.requires_grad for p in again.add_role("judge", tmp_path / "role").values())  # by another name, and frozen
+    assert not any(
+        p.requires_grad for p in again.add_role("judge", tmp_path / "role").values()
+    )  # by another name, and frozen
     assert all(p.requires_grad for p in again.trainable().values())
     assert torch.equal(again.sequence_scores(PROMPTS, COMPLETIONS, "judge"), scores)
     if quantize == "none":
         # PAD must differ from the EOS at which texts end, or transformers reads the score one token early.
-        base = transformers.AutoModelForSequenceClassification.from_pretrained(policy.source, num_labels=1, pad_token_id=0, dtype=torch.float32)
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            policy.source, num_labels=1, pad_token_id=0, dtype=torch.float32
+        )
         classifier = PeftModel.from_pretrained(base, str(tmp_path / "role")).eval()
         for b, prompt in enumerate(PROMPTS):
             for g, answer in enumerate(COMPLETIONS[b]):
@@ -195,7 +207,9 @@ def test_nf4_keeps_its_gradient_after_forwards_without_one(load, family):
     policy = load(family, quantize="nf4")
 
     def gradients():
-        return torch.autograd.grad(policy.token_logps(PROMPTS, COMPLETIONS).logps.sum(), list(policy.trainable().values()))
+        return torch.autograd.grad(
+            policy.token_logps(PROMPTS, COMPLETIONS).logps.sum(), list(policy.trainable().values())
+        )
 
     before = gradients()
     score(policy), score(policy, "reference"), policy.generate(PROMPTS, 2, max_new_tokens=4)
@@ -214,14 +228,21 @@ def test_a_prompt_is_the_template_without_thinking(shared):
         assert [WORDS[i] for i in shared().encode_prompt(prompt)] == expected
     messages = [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]
     words = [WORDS[i] for i in shared().encode_prompt(messages)]
-    assert words == "<|im_start|> system w1 <|im_end|> <|im_start|> user w2 <|im_end|>".split() + expected[-4:]
+    assert (
+        words == "<|im_start|> system w1 <|im_end|> <|im_start|> user w2 <|im_end|>".split() + expected[-4:]
+    )
 
 
 def test_prompts_without_a_template_and_with_one_that_refuses(load):
     policy = load(fresh=True)
     policy.tokenizer.chat_template = None
     assert [WORDS[i] for i in policy.encode_prompt("list 3 animals")] == ["list", "3", "animals"]
-    assert [WORDS[i] for i in policy.encode_prompt([{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}])] == ["w1", "w2"]
+    assert [
+        WORDS[i]
+        for i in policy.encode_prompt(
+            [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2"}]
+        )
+    ] == ["w1", "w2"]
     policy.tokenizer.chat_template = "{{ raise_exception('no system role') }}"
     with pytest.raises(UserError, match="no system role"):
         policy.encode_prompt("list")
@@ -249,7 +270,9 @@ def test_a_saved_adapter_loads_with_peft(load, tmp_path, family, quantize):
     again = load(family, fresh=True, quantize=quantize, adapter=tmp_path / "adapter", seed=9)
     assert torch.equal(score(again), score(policy))
     if quantize == "none":
-        theirs = dense_logps(reload(policy.source, tmp_path / "adapter"), PROMPTS[0], COMPLETIONS[0][2], 0.7)[0]
+        theirs = dense_logps(reload(policy.source, tmp_path / "adapter"), PROMPTS[0], COMPLETIONS[0][2], 0.7)[
+            0
+        ]
         torch.testing.assert_close(score(policy)[0, 2], theirs, rtol=1e-5, atol=1e-5)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == policy.source
@@ -269,10 +292,14 @@ def test_saving_is_whole_or_not_at_all(load, tmp_path, monkeypatch):
         m.setattr(policy.peft, "save_pretrained", fail)
         with pytest.raises(OSError, match="no space"):
             policy.save(out)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before and [p.name for p in out.parent.iterdir()] == ["adapter"]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before and [
+        p.name for p in out.parent.iterdir()
+    ] == ["adapter"]
     policy.trainable().popitem()[1].data += 1
     policy.save(out)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} != before and [p.name for p in out.parent.iterdir()] == ["adapter"]
+    assert {p.name: p.read_bytes() for p in out.iterdir()} != before and [
+        p.name for p in out.parent.iterdir()
+    ] == ["adapter"]
 
 
 @pytest.mark.parametrize("quantize", ("none", "nf4"))
@@ -283,7 +310,10 @@ def test_merging_goes_through_16_bit(load, tmp_path, quantize):
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert merged.dtype == torch.bfloat16 and not hasattr(merged.config, "quantization_config")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged"]
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == policy.tokenizer.chat_template
+    assert (
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template
+        == policy.tokenizer.chat_template
+    )
     unquantised = policy if quantize == "none" else load()
     layer, name = unquantised.hf.model.layers[1].mlp.down_proj, "model.layers.1.mlp.down_proj.weight"
     torch.testing.assert_close(merged.state_dict()[name].float(), merged_weight(layer), rtol=0.01, atol=0.005)
@@ -320,7 +350,16 @@ def test_models_that_cannot_be_loaded(model_dir, tmp_path):
     refused("safetensors", str(pickled))
 
 
-@pytest.mark.parametrize("options", (dict(quantize="int8"), dict(reference="nobody"), dict(dtype="float16"), dict(device="cuda:99"), dict(device="gpu")))
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(quantize="int8"),
+        dict(reference="nobody"),
+        dict(dtype="float16"),
+        dict(device="cuda:99"),
+        dict(device="gpu"),
+    ),
+)
 def test_options_that_do_not_exist(model_dir, options):
     refused(next(iter(options.values())), model_dir(), **options)
 
@@ -357,7 +396,9 @@ def test_adapters_that_cannot_be_loaded(model_dir, adapter, tmp_path):
     adapter_refused("not JSON", pickled)
     made_for = "does not fit.*it was made for .*qwen3"
     adapter_refused(made_for, adapter, model_dir("qwen3", hidden_size=128))
-    adapter_refused(made_for, adapter, model_dir("qwen3", num_hidden_layers=1))  # tensors left over would be dropped in silence
+    adapter_refused(
+        made_for, adapter, model_dir("qwen3", num_hidden_layers=1)
+    )  # tensors left over would be dropped in silence
     adapter_refused(made_for, adapter, model_dir("gpt_neox"))
 
 
@@ -377,5 +418,7 @@ def test_adapters_that_cannot_be_loaded(model_dir, adapter, tmp_path):
 def test_adapters_that_are_more_than_plain_lora(model_dir, tmp_path, option):
     """Scoring and sampling compute W + s B A. Biases, magnitudes and further weights would be loaded and then left out."""
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir("qwen2"), dtype=torch.float32)
-    get_peft_model(base, LoraConfig(**dict(task_type="CAUSAL_LM", r=4, target_modules="all-linear") | option)).save_pretrained(tmp_path)
+    get_peft_model(
+        base, LoraConfig(**dict(task_type="CAUSAL_LM", r=4, target_modules="all-linear") | option)
+    ).save_pretrained(tmp_path)
     refused("only plain LoRA|tensors are not", model_dir("qwen2"), adapter=str(tmp_path))

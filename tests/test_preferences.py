@@ -15,30 +15,72 @@ def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
     def record(prompt, chosen, rejected="b"):
         return {"prompt": prompt, "chosen": chosen} | ({} if rejected is None else {"rejected": rejected})
 
-    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "x"}, {"role": "user", "content": "more"}]
-    records = [record("fine", "a"), record("same", "b "), record("empty", "a", " "), record("long", "a " * 9), record("none", "a", None), record(turns, "a")]
+    turns = [
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "more"},
+    ]
+    records = [
+        record("fine", "a"),
+        record("same", "b "),
+        record("empty", "a", " "),
+        record("long", "a " * 9),
+        record("none", "a", None),
+        record(turns, "a"),
+    ]
     kept, left = preferences.usable_pairs(records, lambda p, a: len(a.split()), 8, "FILE", {"hello"})
     assert [r["prompt"] for r in kept] == ["fine"] and kept[0]["tokens"] == [1, 1]
-    reasons = ("twice the same answer", "an empty answer", "longer than 8", "without a rejected", "of a dialogue that is measured on")
+    reasons = (
+        "twice the same answer",
+        "an empty answer",
+        "longer than 8",
+        "without a rejected",
+        "of a dialogue that is measured on",
+    )
     assert all(any(reason in key for key in left) for reason in reasons) and list(left.values()) == [1] * 5
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and all(reason in said for reason in left) and "'long'" in said and "5 of 6" in said
+    assert (
+        said.count("\n") == 1
+        and all(reason in said for reason in left)
+        and "'long'" in said
+        and "5 of 6" in said
+    )
     with pytest.raises(UserError, match="no pair to use, left out 1 with twice the same answer"):
         preferences.usable_pairs(records[1:2], lambda p, a: 1, 8, "FILE")
 
 
 def test_no_dialogue_is_on_both_sides():
-    records = [{"prompt": [{"role": "user", "content": f"opening {i % 7}"}] + [{"role": "user", "content": str(i)}] * (i % 3)} for i in range(40)]
+    records = [
+        {
+            "prompt": [{"role": "user", "content": f"opening {i % 7}"}]
+            + [{"role": "user", "content": str(i)}] * (i % 3)
+        }
+        for i in range(40)
+    ]
     rest, apart = preferences.set_apart(records, 13, seed=0)
     assert len(rest) + len(apart) == 40 and 6 <= len(apart) <= 13
-    assert not {preferences.dialogue(r["prompt"]) for r in rest} & {preferences.dialogue(r["prompt"]) for r in apart}
+    assert not {preferences.dialogue(r["prompt"]) for r in rest} & {
+        preferences.dialogue(r["prompt"]) for r in apart
+    }
 
 
-def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_measured(tmp_path, monkeypatch):
+def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_measured(
+    tmp_path, monkeypatch
+):
     """A policy is evaluated on the held-out prompts, whatever their answers' length."""
     turns = [{"role": "user", "content": "list 3 animals"}, {"role": "assistant", "content": "cat dog fox"}]
-    records = [{"prompt": [turns[0] | {"content": f"list {i % 30} animals"}, turns[1], turns[0] | {"content": f"list {i} colors"}],
-                "chosen": "red " * (1 + 59 * (i // 30 % 2)), "rejected": "cat"} for i in range(90)]
+    records = [
+        {
+            "prompt": [
+                turns[0] | {"content": f"list {i % 30} animals"},
+                turns[1],
+                turns[0] | {"content": f"list {i} colors"},
+            ],
+            "chosen": "red " * (1 + 59 * (i // 30 % 2)),
+            "rejected": "cat",
+        }
+        for i in range(90)
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     seen = {}
@@ -52,7 +94,24 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
 
     monkeypatch.setattr(preferences, "usable_pairs", usable)
     monkeypatch.setattr(preferences, "fit_scorer", stop)
-    assert preferences.main(["train", "--model", "tiny", "--quantize", "none", "--data", str(path), "--max-tokens", "48", "--out", str(tmp_path / "rm")]) == 2
+    assert (
+        preferences.main(
+            [
+                "train",
+                "--model",
+                "tiny",
+                "--quantize",
+                "none",
+                "--data",
+                str(path),
+                "--max-tokens",
+                "48",
+                "--out",
+                str(tmp_path / "rm"),
+            ]
+        )
+        == 2
+    )
     held_out = {preferences.dialogue(r["prompt"]) for r in load_records(path, "heldout")}
     measured = {preferences.dialogue(r["prompt"]) for r in seen["pairs.jsonl, held-out split"][0]}
     trained = {preferences.dialogue(r["prompt"]) for r in seen["training"][0]}
@@ -71,22 +130,49 @@ def test_calibration_by_hand():
 def test_a_length_shortcut_is_visible():
     lengths = [(5, 3), (9, 2), (2, 4), (3, 8), (4, 4)]
     m = preferences.measures([[float(a), float(b)] for a, b in lengths], lengths)
-    assert m["accuracy"] == m["longer_wins"] == 0.5 and m["prefers_longer"] == 1.0 and m["correlation_with_length"] == pytest.approx(1.0)
-    assert m["over_longer"] == 0 and m["over_longer_interval"] == (0, 0)  # on the same pairs it is right where length is, and only there
-    assert [b["accuracy"] for b in m["by_length"]][0] == 0.0 and [b["accuracy"] for b in m["by_length"]][-1] == 1.0
+    assert (
+        m["accuracy"] == m["longer_wins"] == 0.5
+        and m["prefers_longer"] == 1.0
+        and m["correlation_with_length"] == pytest.approx(1.0)
+    )
+    assert m["over_longer"] == 0 and m["over_longer_interval"] == (
+        0,
+        0,
+    )  # on the same pairs it is right where length is, and only there
+    assert [b["accuracy"] for b in m["by_length"]][0] == 0.0 and [b["accuracy"] for b in m["by_length"]][
+        -1
+    ] == 1.0
     assert sum(b["n"] for b in m["by_length"]) == 5
     m = preferences.measures([[1.0, 0.0]] * 3, [(5, 3), (3, 5), (4, 4)])
-    assert m["over_longer"] == 0.5 and preferences.report_pairs("x", m).count("over the longer one, same pairs +0.500 [") == 1
-    assert preferences.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5  # one pair, all equal: nothing divides by 0
+    assert (
+        m["over_longer"] == 0.5
+        and preferences.report_pairs("x", m).count("over the longer one, same pairs +0.500 [") == 1
+    )
+    assert (
+        preferences.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5
+    )  # one pair, all equal: nothing divides by 0
 
 
 def test_report_has_intervals_and_quartiles():
-    one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False, "reference_reward": 1.0}
-    before, after = ([one | {"reward": float(r)} for r in rewards] for rewards in ([0] * 8, [2] * 6 + [-1] * 2))
+    one = {
+        "prompt": "p",
+        "reference": "r",
+        "completion": "c",
+        "tokens": 2,
+        "truncated": False,
+        "reference_reward": 1.0,
+    }
+    before, after = (
+        [one | {"reward": float(r)} for r in rewards] for rewards in ([0] * 8, [2] * 6 + [-1] * 2)
+    )
     text = report(before, after)
     wins = reward.bootstrap_interval([1.0] * 6 + [0.0] * 2)
     gain = reward.bootstrap_interval([1.0] * 6 + [-1.0] * 2)
-    assert "-" not in str(wins) and f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text and f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in text
+    assert (
+        "-" not in str(wins)
+        and f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text
+        and f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in text
+    )
     assert "1.250 / 2.000 / 2.000" in text and "1.299" in text  # sqrt(27/16)
     rewards = [[r["reward"] for r in part] for part in (before, after)]
     assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in preferences.against_references(rewards, [[1.0] * 8] * 2)[-1]

@@ -1,4 +1,5 @@
 """reward.py against IFEval's own checkers, against hacks of every constraint, and against cases worked by hand."""
+
 import importlib
 import random
 
@@ -21,40 +22,103 @@ def earn(text, constraints, prompt=ASK, **columns):
 
 # ----------------------------------------------------------------------------------------------------- IFEval as oracle
 
+
 def ifeval_cases():
     """(our constraint, IFEval's id, IFEval's arguments); sentences apart, which need a download."""
-    cases = [({"type": "uppercase"}, "change_case:english_capital", {}),
-             ({"type": "lowercase"}, "change_case:english_lowercase", {}),
-             ({"type": "no_comma"}, "punctuation:no_comma", {}),
-             ({"type": "quotes"}, "startend:quotation", {}),
-             ({"type": "json"}, "detectable_format:json_format", {}),
-             ({"type": "title"}, "detectable_format:title", {})]
+    cases = [
+        ({"type": "uppercase"}, "change_case:english_capital", {}),
+        ({"type": "lowercase"}, "change_case:english_lowercase", {}),
+        ({"type": "no_comma"}, "punctuation:no_comma", {}),
+        ({"type": "quotes"}, "startend:quotation", {}),
+        ({"type": "json"}, "detectable_format:json_format", {}),
+        ({"type": "title"}, "detectable_format:title", {}),
+    ]
     for n in range(5):
-        cases += [({"type": "bullets", "n": n}, "detectable_format:number_bullet_lists", {"num_bullets": n}),
-                  ({"type": "paragraphs", "n": n}, "length_constraints:number_paragraphs", {"num_paragraphs": n}),
-                  ({"type": "placeholders", "n": n}, "detectable_content:number_placeholders", {"num_placeholders": n})]
+        cases += [
+            ({"type": "bullets", "n": n}, "detectable_format:number_bullet_lists", {"num_bullets": n}),
+            ({"type": "paragraphs", "n": n}, "length_constraints:number_paragraphs", {"num_paragraphs": n}),
+            (
+                {"type": "placeholders", "n": n},
+                "detectable_content:number_placeholders",
+                {"num_placeholders": n},
+            ),
+        ]
         for relation in ("at least", "less than"):
-            cases += [({"type": "words", "relation": relation, "n": 5 * n}, "length_constraints:number_words",
-                       {"relation": relation, "num_words": 5 * n}),
-                      ({"type": "letter_frequency", "letter": "E", "relation": relation, "n": n},
-                       "keywords:letter_frequency", {"letter": "E", "let_relation": relation, "let_frequency": n}),
-                      ({"type": "capital_words", "relation": relation, "n": n}, "change_case:capital_word_frequency",
-                       {"capital_relation": relation, "capital_frequency": n})]
+            cases += [
+                (
+                    {"type": "words", "relation": relation, "n": 5 * n},
+                    "length_constraints:number_words",
+                    {"relation": relation, "num_words": 5 * n},
+                ),
+                (
+                    {"type": "letter_frequency", "letter": "E", "relation": relation, "n": n},
+                    "keywords:letter_frequency",
+                    {"letter": "E", "let_relation": relation, "let_frequency": n},
+                ),
+                (
+                    {"type": "capital_words", "relation": relation, "n": n},
+                    "change_case:capital_word_frequency",
+                    {"capital_relation": relation, "capital_frequency": n},
+                ),
+            ]
     for marker in ("P.S.", "P.P.S"):
-        cases.append(({"type": "postscript", "marker": marker}, "detectable_content:postscript",
-                      {"postscript_marker": marker}))
+        cases.append(
+            (
+                {"type": "postscript", "marker": marker},
+                "detectable_content:postscript",
+                {"postscript_marker": marker},
+            )
+        )
     for words in (["bees"], ["honey", "hive"], ["the"]):
-        cases += [({"type": "keywords", "words": words}, "keywords:existence", {"keywords": words}),
-                  ({"type": "forbidden", "words": words}, "keywords:forbidden_words", {"forbidden_words": words})]
+        cases += [
+            ({"type": "keywords", "words": words}, "keywords:existence", {"keywords": words}),
+            ({"type": "forbidden", "words": words}, "keywords:forbidden_words", {"forbidden_words": words}),
+        ]
     for phrase in ("That is all.", " honey ", "Is there anything else?"):
         cases.append(({"type": "end_with", "text": phrase}, "startend:end_checker", {"end_phrase": phrase}))
     return cases
 
 
-EDGES = ["", " ", ".", '"', '""', '" "', "{}", "null", "```json\n{\"a\": 1}\n```", "``` [1] ```", "{'a': 1}", "* a\n* b",
-         "*a\n** b\n-c", "- a\n  - b\n---\n", "*** a *** b ***", "a***b", "a *** *** b", "***", "<<>>", "<< >>", "<<a>> b>>",
-         "<<a\nb>>", "[a] [b\nc] []", "P.S. x", "p. s. x", "P.P.S. y", "p.p.s", "PS: x", "ABC 123", "123", "É È", "a_b c-d",
-         "NASA and the U.S. made A-B test I", "THEBEES behive", "the-bees", "Bees, bees", "ends that is all.\" ", "''honey'"]
+EDGES = [
+    "",
+    " ",
+    ".",
+    '"',
+    '""',
+    '" "',
+    "{}",
+    "null",
+    '```json\n{"a": 1}\n```',
+    "``` [1] ```",
+    "{'a': 1}",
+    "* a\n* b",
+    "*a\n** b\n-c",
+    "- a\n  - b\n---\n",
+    "*** a *** b ***",
+    "a***b",
+    "a *** *** b",
+    "***",
+    "<<>>",
+    "<< >>",
+    "<<a>> b>>",
+    "<<a\nb>>",
+    "[a] [b\nc] []",
+    "P.S. x",
+    "p. s. x",
+    "P.P.S. y",
+    "p.p.s",
+    "PS: x",
+    "ABC 123",
+    "123",
+    "É È",
+    "a_b c-d",
+    "NASA and the U.S. made A-B test I",
+    "THEBEES behive",
+    "the-bees",
+    "Bees, bees",
+    'ends that is all." ',
+    "''honey'",
+]
 
 
 def sample_texts():
@@ -62,9 +126,16 @@ def sample_texts():
     for record in chat_tasks("train", 150, seed=1):
         texts += [record["chosen"], record["rejected"]]
     rng = random.Random(0)
-    for text in texts[len(EDGES):len(EDGES) + 100]:
+    for text in texts[len(EDGES) : len(EDGES) + 100]:
         cut = rng.randrange(len(text))
-        texts += [text.upper(), text.lower(), text[:cut], text[cut:], text[:cut] + rng.choice(EDGES) + text[cut:], text * 2]
+        texts += [
+            text.upper(),
+            text.lower(),
+            text[:cut],
+            text[cut:],
+            text[:cut] + rng.choice(EDGES) + text[cut:],
+            text * 2,
+        ]
     return texts
 
 
@@ -73,9 +144,14 @@ def test_checks_decide_as_ifeval(monkeypatch):
     from lm_eval.tasks.ifeval import instructions, instructions_util
     from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
     from nltk import word_tokenize
-    monkeypatch.setattr(instructions.langdetect, "detect", lambda text: "en")  # ours has no language detection
+
+    monkeypatch.setattr(
+        instructions.langdetect, "detect", lambda text: "en"
+    )  # ours has no language detection
     # without punkt the tokeniser works line by line
-    monkeypatch.setattr(instructions_util.nltk, "word_tokenize", lambda text: word_tokenize(text, preserve_line=True))
+    monkeypatch.setattr(
+        instructions_util.nltk, "word_tokenize", lambda text: word_tokenize(text, preserve_line=True)
+    )
     texts, both = sample_texts(), set()
     for constraint, name, arguments in ifeval_cases():
         oracle = INSTRUCTION_DICT[name](name)
@@ -85,13 +161,29 @@ def test_checks_decide_as_ifeval(monkeypatch):
             assert ours == bool(oracle.check_following(text)), (constraint, text)
             both.add((constraint["type"], ours))
     types = {constraint["type"] for constraint, _, _ in ifeval_cases()}
-    assert len(types) >= 14 and both == {(t, ok) for t in types for ok in (True, False)}  # each was seen to pass and fail
+    assert len(types) >= 14 and both == {
+        (t, ok) for t in types for ok in (True, False)
+    }  # each was seen to pass and fail
 
 
-@pytest.mark.parametrize("text, count", [
-    ("", 0), ("...", 0), ("One.", 1), ("no end", 1), ("One. two! Three?", 3), ("He said \"Go.\" Then left.", 2),
-    ("Dr. Smith met J. Doe.", 1), ("It costs 3.5 dollars.", 1), ("Bees dance, e.g. in May. Yes.", 2),
-    ("1. Wash it.\n2. Eat it.", 2), ("Really?! Wow...", 2), ("It is hot. P.S. Drink.", 2), ("I live in 2020. It is fine.", 2)])
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ("", 0),
+        ("...", 0),
+        ("One.", 1),
+        ("no end", 1),
+        ("One. two! Three?", 3),
+        ('He said "Go." Then left.', 2),
+        ("Dr. Smith met J. Doe.", 1),
+        ("It costs 3.5 dollars.", 1),
+        ("Bees dance, e.g. in May. Yes.", 2),
+        ("1. Wash it.\n2. Eat it.", 2),
+        ("Really?! Wow...", 2),
+        ("It is hot. P.S. Drink.", 2),
+        ("I live in 2020. It is fine.", 2),
+    ],
+)
 def test_sentences(text, count):
     assert len(checks.sentences(text)) == count
 
@@ -100,9 +192,19 @@ def test_tiny_checks():
     items = {"type": "items", "n": 2, "allowed": ["ant", "fox"], "ignore": ["done"]}
     order = {"type": "order", "direction": "ascending", "ignore": ["done"]}
     comma = {"type": "separator", "text": ",", "ignore": ["done"]}
-    cases = {"ant , fox done": (1, 1, 1), "FOX ANT DONE": (1, 0, 0), "ant fox": (1, 1, 0), "ant": (0, 0, 1),
-             "ant , ant": (0, 1, 1), "ant , cat": (0, 1, 1), "ant , fox ,": (1, 1, 0), ", ant fox": (1, 1, 0),
-             "ant , , fox": (1, 1, 0), "": (0, 0, 0), "ant , fox , ant": (0, 0, 1)}
+    cases = {
+        "ant , fox done": (1, 1, 1),
+        "FOX ANT DONE": (1, 0, 0),
+        "ant fox": (1, 1, 0),
+        "ant": (0, 0, 1),
+        "ant , ant": (0, 1, 1),
+        "ant , cat": (0, 1, 1),
+        "ant , fox ,": (1, 1, 0),
+        ", ant fox": (1, 1, 0),
+        "ant , , fox": (1, 1, 0),
+        "": (0, 0, 0),
+        "ant , fox , ant": (0, 0, 1),
+    }
     for text, wanted in cases.items():
         assert checks.constraint_results(text, [items, order, comma]) == [bool(w) for w in wanted], text
     down = {"type": "order", "direction": "descending"}
@@ -111,14 +213,26 @@ def test_tiny_checks():
     assert checks.constraint_results('"I think so."', [{"type": "start_with", "text": "I think"}]) == [True]
 
 
-@pytest.mark.parametrize("constraint, word", [
-    ({"type": "rhyme"}, "rhyme"), ({}, "None"), ("lowercase", "lowercase"), ({"type": ["words"]}, "words"),
-    ({"type": "words", "n": 3}, "relation"), ({"type": "words", "relation": "at most", "n": 3}, "at most"),
-    ({"type": "bullets", "n": -1}, "n"), ({"type": "bullets", "n": True}, "n"), ({"type": "bullets", "n": "2"}, "n"),
-    ({"type": "letter_frequency", "letter": "ab", "relation": "at least", "n": 1}, "letter"),
-    ({"type": "keywords", "words": "bees"}, "words"), ({"type": "keywords", "words": []}, "words"),
-    ({"type": "end_with", "text": " "}, "text"), ({"type": "order", "direction": "up"}, "direction"),
-    ({"type": "separator", "text": ",", "ignore": "done"}, "ignore")])
+@pytest.mark.parametrize(
+    "constraint, word",
+    [
+        ({"type": "rhyme"}, "rhyme"),
+        ({}, "None"),
+        ("lowercase", "lowercase"),
+        ({"type": ["words"]}, "words"),
+        ({"type": "words", "n": 3}, "relation"),
+        ({"type": "words", "relation": "at most", "n": 3}, "at most"),
+        ({"type": "bullets", "n": -1}, "n"),
+        ({"type": "bullets", "n": True}, "n"),
+        ({"type": "bullets", "n": "2"}, "n"),
+        ({"type": "letter_frequency", "letter": "ab", "relation": "at least", "n": 1}, "letter"),
+        ({"type": "keywords", "words": "bees"}, "words"),
+        ({"type": "keywords", "words": []}, "words"),
+        ({"type": "end_with", "text": " "}, "text"),
+        ({"type": "order", "direction": "up"}, "direction"),
+        ({"type": "separator", "text": ",", "ignore": "done"}, "ignore"),
+    ],
+)
 def test_wrong_constraints_are_named(constraint, word):
     with pytest.raises(UserError) as error:
         checks.constraint_results("text", [constraint])
@@ -128,35 +242,98 @@ def test_wrong_constraints_are_named(constraint, word):
 # ---------------------------------------------------------------------------------------------------------------- hacks
 
 HACKS = [  # each meets the letter of its constraint
-    ({"type": "lowercase"}, ["a", "ok", "bees bees bees bees", "write one short sentence about bees", "e e e e e"]),
-    ({"type": "uppercase"}, ["A", "BEES", "BEES BEES BEES BEES", "WRITE ONE SHORT SENTENCE ABOUT BEES.", "A B C D E"]),
+    (
+        {"type": "lowercase"},
+        ["a", "ok", "bees bees bees bees", "write one short sentence about bees", "e e e e e"],
+    ),
+    (
+        {"type": "uppercase"},
+        ["A", "BEES", "BEES BEES BEES BEES", "WRITE ONE SHORT SENTENCE ABOUT BEES.", "A B C D E"],
+    ),
     ({"type": "no_comma"}, ["", " ", ".", "...", "bees", ASK, "honey bees honey bees honey bees honey bees"]),
     ({"type": "quotes"}, ['""', '" "', '"."', '"bees"', f'"{ASK}"', '"bees bees bees bees bees"']),
-    ({"type": "json"}, ["{}", "[]", "null", "1", '"bees"', '{"a": "b", "c": "d"}', '["bees", "bees", "bees", "bees"]',
-                        f'{{"a": "{ASK}"}}']),
-    ({"type": "title"}, ["<<x>>", "<<.>> bees make honey daily", "<<Bees Make Sweet Honey>>", f"<<Bees>> {ASK}"]),
+    (
+        {"type": "json"},
+        [
+            "{}",
+            "[]",
+            "null",
+            "1",
+            '"bees"',
+            '{"a": "b", "c": "d"}',
+            '["bees", "bees", "bees", "bees"]',
+            f'{{"a": "{ASK}"}}',
+        ],
+    ),
+    (
+        {"type": "title"},
+        ["<<x>>", "<<.>> bees make honey daily", "<<Bees Make Sweet Honey>>", f"<<Bees>> {ASK}"],
+    ),
     ({"type": "words", "relation": "less than", "n": 9}, ["", "x", "bees", "bees bees bees bees", ASK]),
-    ({"type": "words", "relation": "at least", "n": 8}, ["bees " * 8, "a b c d e f g h", "bees make honey " * 3,
-                                                         "Bees make honey. " * 3, ASK + " " + ASK]),
-    ({"type": "sentences", "relation": "at least", "n": 3}, ["Aa. Bb. Cc.", "Bees. Honey. Hive. Wax.", "Bees fly. " * 3]),
+    (
+        {"type": "words", "relation": "at least", "n": 8},
+        ["bees " * 8, "a b c d e f g h", "bees make honey " * 3, "Bees make honey. " * 3, ASK + " " + ASK],
+    ),
+    (
+        {"type": "sentences", "relation": "at least", "n": 3},
+        ["Aa. Bb. Cc.", "Bees. Honey. Hive. Wax.", "Bees fly. " * 3],
+    ),
     ({"type": "sentences", "relation": "less than", "n": 3}, ["", "!", "Bees!", ASK]),
-    ({"type": "bullets", "n": 3}, ["* \n* \n* ", "* a\n* b\n* c", "-\n-\n-\nBees make sweet honey", "* bees\n* bees\n* bees",
-                                   "---\n---\n---\n" + GOOD, "* Bees fly far.\n* Bees fly far.\n* Bees fly far."]),
-    ({"type": "paragraphs", "n": 2}, [".\n***\n.", GOOD + "\n***\n.", f"{GOOD}\n***\n{GOOD}", f"{ASK}\n***\n{ASK}"]),
+    (
+        {"type": "bullets", "n": 3},
+        [
+            "* \n* \n* ",
+            "* a\n* b\n* c",
+            "-\n-\n-\nBees make sweet honey",
+            "* bees\n* bees\n* bees",
+            "---\n---\n---\n" + GOOD,
+            "* Bees fly far.\n* Bees fly far.\n* Bees fly far.",
+        ],
+    ),
+    (
+        {"type": "paragraphs", "n": 2},
+        [".\n***\n.", GOOD + "\n***\n.", f"{GOOD}\n***\n{GOOD}", f"{ASK}\n***\n{ASK}"],
+    ),
     ({"type": "start_with", "text": "I think that it is"}, ["I think that it is", "i think that it is."]),
-    ({"type": "end_with", "text": "Is there anything else?"}, ["Is there anything else?", "Ok. Is there anything else?",
-                                                               "Is there anything else? Is there anything else?"]),
-    ({"type": "keywords", "words": ["honey", "hive"]}, ["honey hive", "honey hive honey hive honey hive", "hive honey."]),
+    (
+        {"type": "end_with", "text": "Is there anything else?"},
+        [
+            "Is there anything else?",
+            "Ok. Is there anything else?",
+            "Is there anything else? Is there anything else?",
+        ],
+    ),
+    (
+        {"type": "keywords", "words": ["honey", "hive"]},
+        ["honey hive", "honey hive honey hive honey hive", "hive honey."],
+    ),
     ({"type": "forbidden", "words": ["sting"]}, ["", "no", "bees bees bees bees", ASK]),
-    ({"type": "letter_frequency", "letter": "e", "relation": "at least", "n": 5},
-     ["eeeee", "e e e e e bees", "beeeee make some honey", "bees bees bees bees"]),
-    ({"type": "letter_frequency", "letter": "z", "relation": "less than", "n": 1}, ["", "bees", "bee bee bee bee"]),
-    ({"type": "postscript", "marker": "P.S."}, ["P.S.", "P.S. P.S. P.S. P.S.", GOOD + " P.S.", f"P.S. {GOOD}",
-                                                f"{GOOD} P.S. {GOOD}"]),
-    ({"type": "placeholders", "n": 2}, ["[][]", GOOD + " [] []", "[a] [b] bees fly far home", "[name] [place] [food] [date]",
-                                        "[bees] [bees] [bees] [bees]"]),
-    ({"type": "capital_words", "relation": "at least", "n": 3}, ["A A A", "B C D bees fly", "BEES BEES BEES BEES",
-                                                                 ASK.upper()]),
+    (
+        {"type": "letter_frequency", "letter": "e", "relation": "at least", "n": 5},
+        ["eeeee", "e e e e e bees", "beeeee make some honey", "bees bees bees bees"],
+    ),
+    (
+        {"type": "letter_frequency", "letter": "z", "relation": "less than", "n": 1},
+        ["", "bees", "bee bee bee bee"],
+    ),
+    (
+        {"type": "postscript", "marker": "P.S."},
+        ["P.S.", "P.S. P.S. P.S. P.S.", GOOD + " P.S.", f"P.S. {GOOD}", f"{GOOD} P.S. {GOOD}"],
+    ),
+    (
+        {"type": "placeholders", "n": 2},
+        [
+            "[][]",
+            GOOD + " [] []",
+            "[a] [b] bees fly far home",
+            "[name] [place] [food] [date]",
+            "[bees] [bees] [bees] [bees]",
+        ],
+    ),
+    (
+        {"type": "capital_words", "relation": "at least", "n": 3},
+        ["A A A", "B C D bees fly", "BEES BEES BEES BEES", ASK.upper()],
+    ),
     ({"type": "items", "n": 1, "allowed": ["bees"]}, ["bees"]),
     ({"type": "order", "direction": "ascending"}, ["bees bees bees bees", "a a a a"]),
     ({"type": "separator", "text": ","}, ["bees , bees , bees , bees", "a , b , c , d"]),
@@ -196,7 +373,11 @@ def test_verifier_reads_messages_and_truncation():
 
 def test_references_that_meet_their_constraints_are_no_hacks():
     for records in (chat_tasks("train", 1500), chat_tasks("heldout", 800), tiny_tasks("train", 800)):
-        columns = {key: [r[key] for r in records] for key in ("constraints", "min_words", "about") if key in records[0]}
+        columns = {
+            key: [r[key] for r in records]
+            for key in ("constraints", "min_words", "about")
+            if key in records[0]
+        }
         earned = reward.verifier([r["prompt"] for r in records], [r["chosen"] for r in records], **columns)
         met = [all(checks.constraint_results(r["chosen"], r["constraints"])) for r in records]
         assert earned == [float(ok) for ok in met] and 0.4 < sum(earned) / len(earned) < 0.9
@@ -214,15 +395,25 @@ def test_answers_meet_what_they_are_meant_to_meet():
 
 # ------------------------------------------------------------------------------------------- user functions and metrics
 
+
 def bad_raise(prompts, completions, **columns):
     raise KeyError("no\nsuch column")
 
 
-@pytest.mark.parametrize("function, word", [
-    (bad_raise, "KeyError"), (lambda **k: [1.0], "1 rewards for 2"), (lambda **k: None, "NoneType"),
-    (lambda **k: [1.0, None], "item 1 is None"), (lambda **k: [float("nan"), 1], "item 0 is nan"),
-    (lambda **k: [1, float("inf")], "item 1 is inf"), (lambda **k: ["1", 1], "item 0 is '1'"),
-    (lambda **k: [[1.0, 2.0], [1.0]], "per token"), (lambda: [1, 2], "TypeError")])
+@pytest.mark.parametrize(
+    "function, word",
+    [
+        (bad_raise, "KeyError"),
+        (lambda **k: [1.0], "1 rewards for 2"),
+        (lambda **k: None, "NoneType"),
+        (lambda **k: [1.0, None], "item 1 is None"),
+        (lambda **k: [float("nan"), 1], "item 0 is nan"),
+        (lambda **k: [1, float("inf")], "item 1 is inf"),
+        (lambda **k: ["1", 1], "item 0 is '1'"),
+        (lambda **k: [[1.0, 2.0], [1.0]], "per token"),
+        (lambda: [1, 2], "TypeError"),
+    ],
+)
 def test_reward_functions_that_fail(function, word):
     with pytest.raises(UserError) as error:
         reward.checked_rewards(function, ["p", "p"], ["a", "b"], {"constraints": [[], []]})
@@ -265,5 +456,3 @@ def test_bootstrap_interval():
     for bad in ([], [float("nan")]):
         with pytest.raises(ValueError):
             reward.bootstrap_interval(bad)
-
-

@@ -13,7 +13,16 @@ import pytest
 import torch
 import transformers
 import trl
-from conftest import CHATML, END_OF_TEXT, END_OF_TURN, dense_logps, random_ids, randomise_all, write_model, write_tokenizer
+from conftest import (
+    CHATML,
+    END_OF_TEXT,
+    END_OF_TURN,
+    dense_logps,
+    random_ids,
+    randomise_all,
+    write_model,
+    write_tokenizer,
+)
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
@@ -28,8 +37,17 @@ from record import read_jsonl
 from settings import check_settings
 
 ROOT = Path(__file__).parents[1]
-CLASSIFIER = dict(vocab_size=len(conftest.WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                  head_dim=16, max_position_embeddings=64, initializer_range=0.2)
+CLASSIFIER = dict(
+    vocab_size=len(conftest.WORDS),
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -38,10 +56,17 @@ CLASSIFIER = dict(vocab_size=len(conftest.WORDS), hidden_size=64, intermediate_s
 
 def trl_loss(chosen, rejected, margin, centre):
     """TRL's RewardTrainer.compute_loss, called on the scores alone."""
-    stub = SimpleNamespace(model=SimpleNamespace(training=False), args=SimpleNamespace(center_rewards_coefficient=centre), _total_train_tokens=0,
-                           accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x), _metrics={"eval": defaultdict(list)})
+    stub = SimpleNamespace(
+        model=SimpleNamespace(training=False),
+        args=SimpleNamespace(center_rewards_coefficient=centre),
+        _total_train_tokens=0,
+        accelerator=SimpleNamespace(gather=lambda x: x, gather_for_metrics=lambda x: x),
+        _metrics={"eval": defaultdict(list)},
+    )
     inputs = {} if margin is None else {"margin": margin}
-    return trl.RewardTrainer.compute_loss(stub, lambda **_: SimpleNamespace(logits=torch.cat([chosen, rejected])[:, None]), inputs)
+    return trl.RewardTrainer.compute_loss(
+        stub, lambda **_: SimpleNamespace(logits=torch.cat([chosen, rejected])[:, None]), inputs
+    )
 
 
 @pytest.mark.parametrize("margin", [None, torch.tensor([0.5, -1.0, 0.0, 2.0, 3.0])], ids=["plain", "margin"])
@@ -59,8 +84,14 @@ def test_loss_is_stable_and_refuses_what_is_no_pair():
     loss = reward.bradley_terry_loss(chosen, torch.zeros(2))  # log(sigmoid(x)) would be -inf
     loss.backward()
     assert loss.item() == 5e3 and chosen.grad.tolist() == [-0.5, 0.0]
-    assert reward.bradley_terry_loss(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).dtype == torch.float32
-    for args in ((torch.zeros(0), torch.zeros(0)), (torch.zeros(2), torch.zeros(3)), (torch.zeros(2), torch.zeros(2), torch.zeros(1))):
+    assert (
+        reward.bradley_terry_loss(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).dtype == torch.float32
+    )
+    for args in (
+        (torch.zeros(0), torch.zeros(0)),
+        (torch.zeros(2), torch.zeros(3)),
+        (torch.zeros(2), torch.zeros(2), torch.zeros(1)),
+    ):
         with pytest.raises(ValueError, match="chosen and rejected"):
             reward.bradley_terry_loss(*args)
 
@@ -76,7 +107,9 @@ def pairs(n, seed):
 def fitted(load, held_out=(), **options):
     policy = load()
     policy.add_role("reward")
-    history = reward.fit_scorer(policy, "reward", pairs(24, 0), held_out, **dict(lr=1e-2, epochs=2, batch_size=8) | options)
+    history = reward.fit_scorer(
+        policy, "reward", pairs(24, 0), held_out, **dict(lr=1e-2, epochs=2, batch_size=8) | options
+    )
     return policy, history
 
 
@@ -92,19 +125,28 @@ def test_a_role_learns_its_pairs_and_nothing_else_moves(load):
 
 
 def test_the_seed_decides_and_the_size_of_a_pass_does_not(load):
-    a, b, c, d = (parameters(fitted(load, **o)[0]) for o in (dict(seed=0), dict(seed=0), dict(seed=0, max_tokens_per_pass=1), dict(seed=1)))
+    a, b, c, d = (
+        parameters(fitted(load, **o)[0])
+        for o in (dict(seed=0), dict(seed=0), dict(seed=0, max_tokens_per_pass=1), dict(seed=1))
+    )
     assert all(map(torch.equal, a, b)) and not all(map(torch.equal, a, d))
-    for x, y in zip(a, c):  # normalised by the batch, not by the pass; Adam's first steps are signs, so a rounding residue may move more
+    for x, y in zip(
+        a, c
+    ):  # normalised by the batch, not by the pass; Adam's first steps are signs, so a rounding residue may move more
         torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
 
 
 def test_the_loss_has_the_pairs_margins_and_the_centring_term(load):
     policy = load()
     randomise_all(policy.add_role("reward"))
-    scores = policy.sequence_scores([p[0] for p in pairs(6, 0)], [list(p[1:]) for p in pairs(6, 0)]).detach().T
+    scores = (
+        policy.sequence_scores([p[0] for p in pairs(6, 0)], [list(p[1:]) for p in pairs(6, 0)]).detach().T
+    )
     margins = torch.tensor([0.5, 0.5, 2.0, 0.5, 0.5, 0.5])  # one pair names its own
     mixed = [(*p, 2.0) if i == 2 else p for i, p in enumerate(pairs(6, 0))]
-    line = reward.fit_scorer(policy, "reward", mixed, [], lr=1e-3, batch_size=6, margin=0.5, centre=0.1, max_tokens_per_pass=20)[0]
+    line = reward.fit_scorer(
+        policy, "reward", mixed, [], lr=1e-3, batch_size=6, margin=0.5, centre=0.1, max_tokens_per_pass=20
+    )[0]
     assert line["train/loss"] == pytest.approx(float(trl_loss(*scores, margins, 0.1)), rel=1e-4)
 
 
@@ -113,17 +155,34 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
     reversed_ = [(p, worse, better) for p, better, worse in pairs(12, 7)]
     policy, history = fitted(load, reversed_, epochs=8, eval_every=1, patience=3)
     best = max(line["held_out/accuracy"] for line in history)
-    assert len(history) < 24 and history[-1]["held_out/accuracy"] < best and history[-1]["best_step"] == history[-4]["step"]
+    assert (
+        len(history) < 24
+        and history[-1]["held_out/accuracy"] < best
+        and history[-1]["best_step"] == history[-4]["step"]
+    )
     kept = reward.group_scores(policy, "reward", [p[0] for p in reversed_], [list(p[1:]) for p in reversed_])
     assert reward.accuracy(*zip(*kept)) == best
 
 
-@pytest.mark.parametrize("accuracies, losses, best", [
-    ([0.5, 0.7, 0.68, 0.66], [0.69, 0.66, 0.60, 0.62], 3),  # within a standard error (0.046) of 0.7 the lowest loss wins
-    ([0.5, 0.7, 0.64, 0.7], [0.69, 0.66, 0.60, 0.67], 2),  # 0.64 is not, whatever its loss
-    ([0.6, 0.63, 0.75, 0.72], [0.66, 0.60, 0.65, 0.66], 3),  # what was best is left behind by a higher accuracy
-])
-def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(load, monkeypatch, accuracies, losses, best):
+@pytest.mark.parametrize(
+    "accuracies, losses, best",
+    [
+        (
+            [0.5, 0.7, 0.68, 0.66],
+            [0.69, 0.66, 0.60, 0.62],
+            3,
+        ),  # within a standard error (0.046) of 0.7 the lowest loss wins
+        ([0.5, 0.7, 0.64, 0.7], [0.69, 0.66, 0.60, 0.67], 2),  # 0.64 is not, whatever its loss
+        (
+            [0.6, 0.63, 0.75, 0.72],
+            [0.66, 0.60, 0.65, 0.66],
+            3,
+        ),  # what was best is left behind by a higher accuracy
+    ],
+)
+def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(
+    load, monkeypatch, accuracies, losses, best
+):
     policy, said = load(), iter(zip(accuracies, losses))
     policy.add_role("reward")
     real = reward.bradley_terry_loss
@@ -131,7 +190,11 @@ def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(load, monk
     def evaluation(*_):
         right, loss = next(said)
         monkeypatch.setattr(reward, "accuracy", lambda *_: right)
-        monkeypatch.setattr(reward, "bradley_terry_loss", lambda better, worse, margin=None: real(better, worse, margin) if better.requires_grad else loss)
+        monkeypatch.setattr(
+            reward,
+            "bradley_terry_loss",
+            lambda better, worse, margin=None: real(better, worse, margin) if better.requires_grad else loss,
+        )
         return [[0.0, 0.0]] * 100
 
     monkeypatch.setattr(reward, "group_scores", evaluation)
@@ -142,7 +205,10 @@ def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(load, monk
 def test_scores_come_back_in_order_whatever_the_batches(load):
     policy = load()
     randomise_all(policy.add_role("reward"))
-    prompts, groups = random_ids([5, 2, 9, 4]), [random_ids(lengths, seed=3) for lengths in ([3, 8], [1, 2, 3], [6, 6], [2])]
+    prompts, groups = (
+        random_ids([5, 2, 9, 4]),
+        [random_ids(lengths, seed=3) for lengths in ([3, 8], [1, 2, 3], [6, 6], [2])],
+    )
     alone = [policy.sequence_scores([p], [group])[0].tolist() for p, group in zip(prompts, groups)]
     for most in (1, 30, 4096):
         for row, expected in zip(reward.group_scores(policy, "reward", prompts, groups, most), alone):
@@ -168,12 +234,21 @@ def write_classifier(directory, labels=1, pad=0, template=CHATML, bos=False, **c
     write_tokenizer(directory, template)
     if bos:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)])
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)]
+        )
         tokenizer.save_pretrained(directory)
     return model.eval()
 
 
-PROMPTS = ["list 3 animals", [{"role": "user", "content": "cat"}, {"role": "assistant", "content": "dog w20"}, {"role": "user", "content": "w3 w4 w5"}]]
+PROMPTS = [
+    "list 3 animals",
+    [
+        {"role": "user", "content": "cat"},
+        {"role": "assistant", "content": "dog w20"},
+        {"role": "user", "content": "w3 w4 w5"},
+    ],
+]
 ANSWERS = [["cat dog", "w7 w8 w9 w10", "cat"], ["w11", "list list list"]]
 
 
@@ -187,7 +262,10 @@ def test_a_classifiers_score_is_transformers_own(pad, most, tmp_path):
         for answer, score in zip(group, row, strict=True):
             turns = reward.messages(prompt) + [{"role": "assistant", "content": answer}]
             ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-            assert score == pytest.approx(model(ids).logits.item(), abs=1e-5) and scorer.tokens(prompt, answer) == ids.shape[1]
+            assert (
+                score == pytest.approx(model(ids).logits.item(), abs=1e-5)
+                and scorer.tokens(prompt, answer) == ids.shape[1]
+            )
 
 
 def test_bos_is_not_doubled(tmp_path):
@@ -221,7 +299,12 @@ def test_raw_scores_ask_once_for_each_prompt_and_text():
     f = reward.ModelReward(scorer, "rm", missing_eos_penalty=0.5)
     completions = ["a b", "a b", "", [{"role": "assistant", "content": "a b c"}]]
     prompt = [{"role": "user", "content": "q"}]
-    assert f(prompts=[prompt, prompt, "p", prompt], completions=completions, truncated=[False, True, False, False], other=[1] * 4) == [2.0, 1.5, 0.0, 3.0]
+    assert f(
+        prompts=[prompt, prompt, "p", prompt],
+        completions=completions,
+        truncated=[False, True, False, False],
+        other=[1] * 4,
+    ) == [2.0, 1.5, 0.0, 3.0]
     assert scorer.asked == [(prompt, ["a b", "a b c"]), ("p", [""])]
     assert f(prompts=["p"], completions=["x"]) == [1.0]  # as TRL calls it
 
@@ -232,10 +315,22 @@ def test_pairwise_by_hand():
     f = reward.ModelReward(scorer, "rm", missing_eos_penalty=1.0, pairwise=True, tie_band=1.0)
     completions = ["1 2 3 4", "1 2 3", "1 2", "1", "", "1 2 3 4", "1 2"]
     cut = [False, False, False, False, False, True, True]
-    assert f(["q"] * 7, completions, truncated=cut, chosen=["1 2"] * 7) == [1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0]
-    assert reward.ModelReward(scorer, "rm", pairwise=True)(["q"] * 3, ["1 2 3", "1", "3 4"], chosen=["1 2"] * 3) == [1.0, -1.0, 0.0]
+    assert f(["q"] * 7, completions, truncated=cut, chosen=["1 2"] * 7) == [
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+        -1.0,
+        0.0,
+        0.0,
+    ]
+    assert reward.ModelReward(scorer, "rm", pairwise=True)(
+        ["q"] * 3, ["1 2 3", "1", "3 4"], chosen=["1 2"] * 3
+    ) == [1.0, -1.0, 0.0]
     scorer.asked = None
-    assert f(["q", "r"], ["1 2", "3"], chosen=["1 2", "3"]) == [0.0, 0.0] and scorer.asked == []  # a reference is not compared with itself
+    assert (
+        f(["q", "r"], ["1 2", "3"], chosen=["1 2", "3"]) == [0.0, 0.0] and scorer.asked == []
+    )  # a reference is not compared with itself
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +350,9 @@ def test_the_judge_reads_the_log_probs_of_its_verdict_and_asks_in_both_orders(ch
     judge = reward.Judge(policy, "chat", "harmless", most=50)
     cases = [("list 3 animals", "cat dog", "w7"), (PROMPTS[1], "w8 w9", "cat"), ("w30", "", "w31")]
     odds, said = judge.log_odds(*zip(*cases))
-    base = transformers.AutoModelForCausalLM.from_pretrained(chat_dir, dtype=torch.float32).requires_grad_(False)
+    base = transformers.AutoModelForCausalLM.from_pretrained(chat_dir, dtype=torch.float32).requires_grad_(
+        False
+    )
     total = 0.0
     for row, (prompt, o, y) in zip(odds.tolist(), cases):
         for value, (a, b), sign in zip(row, ((o, y), (y, o)), (1, -1)):
@@ -275,13 +372,21 @@ def test_verdicts_by_hand(monkeypatch):
     assert [reward.verdict(torch.tensor(row)) for row in rows] == list(rows.values())
     judge = object.__new__(reward.Judge)
     judge.log_odds = lambda prompts, answers, references: (torch.tensor([[1.0, 1.0]] * len(prompts)), 1.0)
-    assert judge(["q"] * 3, ["a", "y", "cut"], chosen=["y"] * 3, truncated=[False, False, True]) == [1.0, 0.0, -1.0]
+    assert judge(["q"] * 3, ["a", "y", "cut"], chosen=["y"] * 3, truncated=[False, False, True]) == [
+        1.0,
+        0.0,
+        -1.0,
+    ]
 
 
 def test_position_bias_is_measured(capsys):
-    judge = SimpleNamespace(log_odds=lambda *cases: (torch.tensor([[2.0, -1.0], [2.0, -1.0], [2.0, 1.0], [1.0, -2.0]]), 0.9))
+    judge = SimpleNamespace(
+        log_odds=lambda *cases: (torch.tensor([[2.0, -1.0], [2.0, -1.0], [2.0, 1.0], [1.0, -2.0]]), 0.9)
+    )
     assert preferences.print_position([("q", "a", "b")] * 4, judge).tolist() == [0.0, 0.0, 1.0, 0.0]
-    assert "A wins 0.875 of the questions" in capsys.readouterr().out  # 4 of 4 shown first, 3 of 4 shown second
+    assert (
+        "A wins 0.875 of the questions" in capsys.readouterr().out
+    )  # 4 of 4 shown first, 3 of 4 shown second
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -300,20 +405,44 @@ def trained(tmp_path_factory):
     """A reward model of the real script."""
     out = tmp_path_factory.mktemp("rm") / "reward"
     flags = ["train", *SMALL, "--quantize", "none", "--out", out]
-    return out, subprocess.run([sys.executable, ROOT / "reward.py", *flags], capture_output=True, text=True, cwd=ROOT)
+    return out, subprocess.run(
+        [sys.executable, ROOT / "reward.py", *flags], capture_output=True, text=True, cwd=ROOT
+    )
 
 
 def test_train_writes_a_reward_model_that_beats_the_floors(trained):
     out, process = trained
     assert process.returncode == 0, process.stderr
-    files = {"adapter_config.json", "adapter_model.safetensors", "reward_model.json", "metrics.jsonl", "scores.jsonl", "calibration.png"}
+    files = {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "reward_model.json",
+        "metrics.jsonl",
+        "scores.jsonl",
+        "calibration.png",
+    }
     assert {p.name for p in out.iterdir()} == files
-    for words in ("accuracy [95 % interval]", "the longer one wins (tokens)", "random", "expected calibration error", "share no dialogue"):
+    for words in (
+        "accuracy [95 % interval]",
+        "the longer one wins (tokens)",
+        "random",
+        "expected calibration error",
+        "share no dialogue",
+    ):
         assert words in process.stdout
     info = json.loads((out / "reward_model.json").read_text())
     (m,) = info["evaluation"].values()
-    assert m["accuracy"] > 0.55 and m["interval"][0] < m["accuracy"] < m["interval"][1] and m["pairs"] == len(read_jsonl(out / "scores.jsonl"))
-    assert info["base"] == "tiny" and info["split"]["training"] == 160 and info["settings"]["seed"] == 0 and info["environment"]["versions"]
+    assert (
+        m["accuracy"] > 0.55
+        and m["interval"][0] < m["accuracy"] < m["interval"][1]
+        and m["pairs"] == len(read_jsonl(out / "scores.jsonl"))
+    )
+    assert (
+        info["base"] == "tiny"
+        and info["split"]["training"] == 160
+        and info["settings"]["seed"] == 0
+        and info["environment"]["versions"]
+    )
     assert [line["step"] for line in read_jsonl(out / "metrics.jsonl")] == [2, 4, 6, 8, 10]
 
 
@@ -321,7 +450,9 @@ def test_a_reward_model_is_a_classifier_of_transformers(trained):
     out, _ = trained
     policy = policy_module.Policy.load("tiny", device="cpu")
     pad = policy.tokenizer.convert_tokens_to_ids("cat")  # any id but EOS, at which every text ends
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(policy.source, num_labels=1, pad_token_id=pad, dtype=torch.float32)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        policy.source, num_labels=1, pad_token_id=pad, dtype=torch.float32
+    )
     model = PeftModel.from_pretrained(base, str(out)).eval()
     records = [r for r in load_records("tasks", "heldout", level="tiny") if r["chosen"] != r["rejected"]]
     for record, line in list(zip(records, read_jsonl(out / "scores.jsonl"), strict=True))[:8]:
@@ -336,24 +467,38 @@ def test_score_gives_the_numbers_of_train(trained, capsys, tmp_path):
     said = capsys.readouterr().out
     assert next(line for line in said.splitlines() if "this reward model" in line) in process.stdout
     write_classifier(tmp_path / "classifier", max_position_embeddings=512)
-    assert command("score", "--model", tmp_path / "classifier", "--data", "tasks", "--pairs", 20, "--device", "cpu") == 0
+    assert (
+        command(
+            "score", "--model", tmp_path / "classifier", "--data", "tasks", "--pairs", 20, "--device", "cpu"
+        )
+        == 0
+    )
     assert "tasks: 20 pairs" in capsys.readouterr().out
 
 
 def grao_trainer(reward_name):
-    config = dict(model="tiny", device="cpu", quantize="none", steps=2, eval_prompts=4, reward=str(reward_name))
+    config = dict(
+        model="tiny", device="cpu", quantize="none", steps=2, eval_prompts=4, reward=str(reward_name)
+    )
     return train.Trainer(GRAO, check_settings(GRAO.config(**config)))
 
 
 def test_on_the_same_backbone_it_is_one_more_role(trained, load, tmp_path, capsys):
     out, _ = trained
     t = grao_trainer(out)
-    assert t.reward_fn.scorer.policy is t.policy and "on the same backbone, tiny, 0.7 MiB\n" in capsys.readouterr().err
-    assert not any("reward" in name for name in t.params) and not any(p.requires_grad for p in t.policy.trainable("reward").values())
+    assert (
+        t.reward_fn.scorer.policy is t.policy
+        and "on the same backbone, tiny, 0.7 MiB\n" in capsys.readouterr().err
+    )
+    assert not any("reward" in name for name in t.params) and not any(
+        p.requires_grad for p in t.policy.trainable("reward").values()
+    )
     batch = t.rollout(t.next_records())
     text = t.policy.decode(batch.completions[0][0])
     ids = t.policy.encode_answer(text)  # scored as if it had ended
-    expected = float(t.policy.sequence_scores([batch.prompts[0]], [[ids]])) - (batch.completions[0][0][-1] not in t.policy.eos_ids)
+    expected = float(t.policy.sequence_scores([batch.prompts[0]], [[ids]])) - (
+        batch.completions[0][0][-1] not in t.policy.eos_ids
+    )
     assert float(batch.rewards[0, 0]) == pytest.approx(expected, abs=1e-4)
 
     other = load("llama")  # another base: loaded beside
@@ -362,36 +507,111 @@ def test_on_the_same_backbone_it_is_one_more_role(trained, load, tmp_path, capsy
     t = grao_trainer(tmp_path / "beside")
     assert t.reward_fn.scorer.policy is not t.policy and "backbone of its own" in capsys.readouterr().err
     prompts, groups = ["list 3 animals"], [["cat", "dog w20"]]
-    expected = other.sequence_scores([other.encode_prompt(prompts[0])], [[other.encode_answer(x) for x in groups[0]]])[0]
-    assert t.reward_fn.scorer(prompts, groups)[0] == pytest.approx(expected.tolist(), abs=0.05)  # bf16 where the CPU has it
+    expected = other.sequence_scores(
+        [other.encode_prompt(prompts[0])], [[other.encode_answer(x) for x in groups[0]]]
+    )[0]
+    assert t.reward_fn.scorer(prompts, groups)[0] == pytest.approx(
+        expected.tolist(), abs=0.05
+    )  # bf16 where the CPU has it
 
 
 @pytest.mark.parametrize("prefix", ["", "pairwise:"])
 def test_a_policy_trains_with_it_and_a_run_is_scored_again(trained, prefix, tmp_path, capsys):
-    flags = ["--model", "tiny", "--device", "cpu", "--quantize", "none", "--steps", 2, "--prompts-per-step", 2, "--group-size", 3, "--eval-prompts", 6]
-    assert train.main(GRAO, [str(f) for f in [*flags, "--reward", f"{prefix}{trained[0]}", "--out", tmp_path / "run"]]) == 0
+    flags = [
+        "--model",
+        "tiny",
+        "--device",
+        "cpu",
+        "--quantize",
+        "none",
+        "--steps",
+        2,
+        "--prompts-per-step",
+        2,
+        "--group-size",
+        3,
+        "--eval-prompts",
+        6,
+    ]
+    assert (
+        train.main(
+            GRAO, [str(f) for f in [*flags, "--reward", f"{prefix}{trained[0]}", "--out", tmp_path / "run"]]
+        )
+        == 0
+    )
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     if prefix:
-        assert {s["reward"] for s in samples} <= {-1.0, 0.0, 1.0} and {s["reference_reward"] for s in samples} == {0.0}
+        assert {s["reward"] for s in samples} <= {-1.0, 0.0, 1.0} and {
+            s["reference_reward"] for s in samples
+        } == {0.0}
         return
     capsys.readouterr()
-    assert command("score", "--model", trained[0], "--samples", tmp_path / "run" / "samples.jsonl", "--device", "cpu") == 0
+    assert (
+        command(
+            "score", "--model", trained[0], "--samples", tmp_path / "run" / "samples.jsonl", "--device", "cpu"
+        )
+        == 0
+    )
     own, other = capsys.readouterr().out.split("by " + str(trained[0]))
-    assert own.splitlines()[-3:] == [line for line in other.splitlines() if line.startswith("  ")]  # the same model: no gap
+    assert own.splitlines()[-3:] == [
+        line for line in other.splitlines() if line.startswith("  ")
+    ]  # the same model: no gap
 
 
 def test_judge_as_a_command_and_as_a_reward(chat_dir, tmp_path, capsys):
     records = [{"prompt": f"list w{i} cat", "chosen": f"w{i} w5", "rejected": "dog"} for i in range(20, 40)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert command("judge", "--model", chat_dir, "--data", tmp_path / "pairs.jsonl", "--criterion", "harmless", "--device", "cpu") == 0
+    assert (
+        command(
+            "judge",
+            "--model",
+            chat_dir,
+            "--data",
+            tmp_path / "pairs.jsonl",
+            "--criterion",
+            "harmless",
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "position bias: reply A wins" in said and "chosen wins" in said and "longer one wins (tokens): 1.000" in said
-    flags = ["--model", chat_dir, "--data", tmp_path / "pairs.jsonl", "--device", "cpu", "--steps", 1, "--prompts-per-step", 2, "--group-size", 2,
-             "--max-new-tokens", 4, "--eval-prompts", 2, "--reward", f"judge:{chat_dir}", "--out", tmp_path / "run"]
+    assert (
+        "position bias: reply A wins" in said
+        and "chosen wins" in said
+        and "longer one wins (tokens): 1.000" in said
+    )
+    flags = [
+        "--model",
+        chat_dir,
+        "--data",
+        tmp_path / "pairs.jsonl",
+        "--device",
+        "cpu",
+        "--steps",
+        1,
+        "--prompts-per-step",
+        2,
+        "--group-size",
+        2,
+        "--max-new-tokens",
+        4,
+        "--eval-prompts",
+        2,
+        "--reward",
+        f"judge:{chat_dir}",
+        "--out",
+        tmp_path / "run",
+    ]
     assert train.main(GRAO, [str(f) for f in flags]) == 0
     assert {s["reward"] for s in read_jsonl(tmp_path / "run" / "samples.jsonl")} <= {-1.0, 0.0, 1.0}
     capsys.readouterr()
-    assert command("judge", "--model", chat_dir, "--samples", tmp_path / "run" / "samples.jsonl", "--device", "cpu") == 0
+    assert (
+        command(
+            "judge", "--model", chat_dir, "--samples", tmp_path / "run" / "samples.jsonl", "--device", "cpu"
+        )
+        == 0
+    )
     assert "position bias" in capsys.readouterr().out
 
 
@@ -420,7 +640,11 @@ def test_models_that_are_no_reward_models(trained, load, model_dir, tmp_path, ca
     write_classifier(tmp_path / "two", labels=2)
     write_classifier(tmp_path / "nan").score.weight.data.fill_(float("nan"))
     weights = load_file(tmp_path / "nan" / "model.safetensors")
-    save_file(weights | {"score.weight": weights["score.weight"] * float("nan")}, tmp_path / "nan" / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights | {"score.weight": weights["score.weight"] * float("nan")},
+        tmp_path / "nan" / "model.safetensors",
+        {"format": "pt"},
+    )
     write_classifier(tmp_path / "vocabulary", vocab_size=50)
     write_classifier(tmp_path / "short", max_position_embeddings=8)
     load().save(tmp_path / "adapter")
@@ -433,18 +657,41 @@ def test_models_that_are_no_reward_models(trained, load, model_dir, tmp_path, ca
         (tmp_path / "adapter", "no scalar head"),  # a policy's
         (tmp_path / "nowhere", "no such directory"),
         (tmp_path, "config.json"),
-        (edited("moved", "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(tmp_path / "gone"))), "its base"),
-        (edited("other", "adapter_config.json", lambda c: c.update(base_model_name_or_path=model_dir())), "does not fit"),
+        (
+            edited(
+                "moved",
+                "adapter_config.json",
+                lambda c: c.update(base_model_name_or_path=str(tmp_path / "gone")),
+            ),
+            "its base",
+        ),
+        (
+            edited("other", "adapter_config.json", lambda c: c.update(base_model_name_or_path=model_dir())),
+            "does not fit",
+        ),
         (edited("tokens", "reward_model.json", lambda c: c.update(tokenizer="0")), "another tokenizer"),
     ):
-        assert words in refused(capsys, "score", "--model", model, "--data", "tasks", "--device", "cpu"), model
+        assert words in refused(capsys, "score", "--model", model, "--data", "tasks", "--device", "cpu"), (
+            model
+        )
 
 
 def test_flags_and_files_that_cannot_be_used(trained, tmp_path, capsys):
     out, _ = trained
-    (tmp_path / "same.jsonl").write_text("".join(json.dumps({"prompt": f"list {i} animals", "chosen": "cat", "rejected": "cat"}) + "\n" for i in "23456"))
-    for name, prompt, more in (("margin", "list {} animals", {"margin": "far"}), ("foreign", "enumerate thirteen vertebrates {}", {})):
-        lines = [json.dumps({"prompt": prompt.format(i), "chosen": "cat", "rejected": "dog"} | more) + "\n" for i in range(30)]
+    (tmp_path / "same.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": f"list {i} animals", "chosen": "cat", "rejected": "cat"}) + "\n"
+            for i in "23456"
+        )
+    )
+    for name, prompt, more in (
+        ("margin", "list {} animals", {"margin": "far"}),
+        ("foreign", "enumerate thirteen vertebrates {}", {}),
+    ):
+        lines = [
+            json.dumps({"prompt": prompt.format(i), "chosen": "cat", "rejected": "dog"} | more) + "\n"
+            for i in range(30)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "folder").mkdir()
@@ -456,7 +703,10 @@ def test_flags_and_files_that_cannot_be_used(trained, tmp_path, capsys):
         (["score", "--data", "tasks"], "--model"),
         (["score", "--model", out, "--data", tmp_path / "none.jsonl"], "no such file"),
         (["score", "--model", out, "--data", tmp_path / "same.jsonl"], "twice the same answer"),
-        (["score", "--model", out, "--samples", tmp_path / "samples.jsonl"], "samples.jsonl of a finished run"),
+        (
+            ["score", "--model", out, "--samples", tmp_path / "samples.jsonl"],
+            "samples.jsonl of a finished run",
+        ),
         (["judge", "--model", "tiny", "--data", "tasks"], "letters A and B"),
         (["train", *SMALL, "--out", tmp_path / "folder"], "exists"),
         (["train", *SMALL, "--out", tmp_path / "folder", "--overwrite"], "not a reward model"),
@@ -469,7 +719,11 @@ def test_flags_and_files_that_cannot_be_used(trained, tmp_path, capsys):
         assert words in refused(capsys, *flags), flags
     assert not new.exists()
     flags = ["--model", "tiny", "--reward", "judge:tiny", "--out", new]
-    assert train.main(GRAO, [str(f) for f in flags]) == 2 and "letters A and B" in capsys.readouterr().err and not new.exists()
+    assert (
+        train.main(GRAO, [str(f) for f in flags]) == 2
+        and "letters A and B" in capsys.readouterr().err
+        and not new.exists()
+    )
 
 
 def test_an_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):

@@ -55,7 +55,10 @@ def test_draw_never_takes_a_token_of_probability_0(vocabulary):
 
 
 @pytest.mark.parametrize("uniform", (0.0, ALMOST_1))
-@pytest.mark.parametrize("logits, only", (([3e4, -3e4, 0.0], 0), ([-1e30, 2e4, -1e30], 1), ([0.0, 0.0, 1e6], 2), ([-1e9, -1e9, -1e9 + 1e4], 2)))
+@pytest.mark.parametrize(
+    "logits, only",
+    (([3e4, -3e4, 0.0], 0), ([-1e30, 2e4, -1e30], 1), ([0.0, 0.0, 1e6], 2), ([-1e9, -1e9, -1e9 + 1e4], 2)),
+)
 def test_draw_survives_extreme_logits(logits, only, uniform):
     token, logp = draw(torch.tensor([logits]), 0.7, torch.tensor([uniform]))
     assert token.item() == only and logp.item() == 0
@@ -69,7 +72,9 @@ def assert_scores_agree(policy, prompts, rollout, temperature, tolerance=1e-5):
     scored = policy.token_logps(prompts, rollout.completions, temperature)
     for b, group in enumerate(rollout.logps):
         for i, logps in enumerate(group):
-            torch.testing.assert_close(torch.tensor(logps), scored.logps[b, i, : len(logps)].detach(), rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(
+                torch.tensor(logps), scored.logps[b, i, : len(logps)].detach(), rtol=tolerance, atol=tolerance
+            )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -88,7 +93,13 @@ def test_greedy_is_transformers_generate(shared, oracle, family):
     rollout = shared(family).generate(PROMPTS, 2, max_new_tokens=16, temperature=0)
     for prompt, group, truncated in zip(PROMPTS, rollout.completions, rollout.truncated):
         ids = torch.tensor([prompt])
-        expected = oracle(family).generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)[0, len(prompt) :].tolist()
+        expected = (
+            oracle(family)
+            .generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)[
+                0, len(prompt) :
+            ]
+            .tolist()
+        )
         assert group == [expected] * 2
         assert truncated == [expected[-1] not in (END_OF_TURN, END_OF_TEXT)] * 2
 
@@ -103,7 +114,11 @@ def test_a_seed_decides_whatever_the_batching(shared, monkeypatch):
     batches = []
     together = generate()
     decode = policy.sampler.decode
-    monkeypatch.setattr(policy.sampler, "decode", lambda prompts, *rest: batches.append(len(prompts)) or decode(prompts, *rest))
+    monkeypatch.setattr(
+        policy.sampler,
+        "decode",
+        lambda prompts, *rest: batches.append(len(prompts)) or decode(prompts, *rest),
+    )
     torch.manual_seed(123)  # the global generator has no say
     assert generate().completions == together.completions
     assert generate(seed=8).completions != together.completions
@@ -124,7 +139,13 @@ def test_every_eos_of_the_generation_config_ends_an_answer(shared):
         assert not set(c[:-1]) & set(ends)
         assert truncated == (c[-1] not in ends) and (len(c) == limit or not truncated)
         seen.add((c[-1] if c[-1] in ends else None, len(c) == limit))
-    assert seen == {(None, True), (END_OF_TURN, False), (END_OF_TURN, True), (END_OF_TEXT, False), (END_OF_TEXT, True)}
+    assert seen == {
+        (None, True),
+        (END_OF_TURN, False),
+        (END_OF_TURN, True),
+        (END_OF_TEXT, False),
+        (END_OF_TEXT, True),
+    }
     assert [[len(x) for x in g] for g in rollout.logps] == [[len(x) for x in g] for g in rollout.completions]
 
 
@@ -137,7 +158,10 @@ def test_finished_rows_leave_the_batch_and_disturb_nobody(shared, monkeypatch, f
     dropped = policy.generate(PROMPTS, 10, max_new_tokens=60, temperature=8.0)
     assert len(kept) >= 3 and kept == sorted(kept, reverse=True)
     monkeypatch.setattr(sampling.Cache, "keep", keep)
-    alone = [policy.generate([p] * 3, 10, max_new_tokens=60, temperature=8.0).completions[b] for b, p in enumerate(PROMPTS)]
+    alone = [
+        policy.generate([p] * 3, 10, max_new_tokens=60, temperature=8.0).completions[b]
+        for b, p in enumerate(PROMPTS)
+    ]
     assert dropped.completions == alone
     assert_scores_agree(policy, PROMPTS, dropped, 8.0)
 
@@ -167,9 +191,13 @@ def test_sampling_from_nf4(load, family):
     x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         bias = 0 if layer.base_layer.bias is None else layer.base_layer.bias
-        torch.testing.assert_close(type(layer).forward(layer, x), x @ merged_weight(layer).T + bias, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            type(layer).forward(layer, x), x @ merged_weight(layer).T + bias, rtol=1e-4, atol=1e-4
+        )
         policy.activate(None)
-        torch.testing.assert_close(layer.base_layer(x), x @ merged_weight(layer).T + bias, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            layer.base_layer(x), x @ merged_weight(layer).T + bias, rtol=1e-4, atol=1e-4
+        )
         policy.activate("default")
     rollout = policy.generate(PROMPTS, 2, max_new_tokens=8)
     assert_scores_agree(policy, PROMPTS, rollout, 1.0, tolerance=1e-4)
@@ -179,7 +207,10 @@ def test_sampling_from_nf4(load, family):
 def test_sampling_with_gradient_checkpointing(load, shared, family):
     """Checkpointing switches the KV cache off in many trainers, and each new token then reads the whole text again, or nothing."""
     policy = load(family, gradient_checkpointing=True)
-    assert policy.generate(PROMPTS, 2, max_new_tokens=8).completions == shared(family).generate(PROMPTS, 2, max_new_tokens=8).completions
+    assert (
+        policy.generate(PROMPTS, 2, max_new_tokens=8).completions
+        == shared(family).generate(PROMPTS, 2, max_new_tokens=8).completions
+    )
 
 
 def test_bf16_samples_are_close_to_bf16_scores(load):

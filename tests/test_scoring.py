@@ -20,8 +20,16 @@ from scoring import ChunkedLogProb, Pack
 
 def head(tokens=13, vocabulary=31, width=8, dtype=torch.float64, bias=True, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    hidden, weight, b = (torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in [(tokens, width), (vocabulary, width), (vocabulary,)])
-    return hidden.requires_grad_(), weight, b if bias else None, torch.randint(vocabulary, (tokens,), generator=generator)
+    hidden, weight, b = (
+        torch.randn(s, generator=generator, dtype=torch.float64).to(dtype)
+        for s in [(tokens, width), (vocabulary, width), (vocabulary,)]
+    )
+    return (
+        hidden.requires_grad_(),
+        weight,
+        b if bias else None,
+        torch.randint(vocabulary, (tokens,), generator=generator),
+    )
 
 
 def dense(hidden, weight, bias, targets, temperature):
@@ -64,7 +72,9 @@ def test_16_bit_states_give_fp32_log_probs():
     logp, entropy = ChunkedLogProb.apply(*args, 1.0)
     exact = dense(*(x if x is None or not x.is_floating_point() else x.detach().double() for x in args), 1.0)
     assert logp.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(logp.double(), exact[0], rtol=0.01, atol=0.1)  # the product of bf16 matrices is rounded to bf16
+    torch.testing.assert_close(
+        logp.double(), exact[0], rtol=0.01, atol=0.1
+    )  # the product of bf16 matrices is rounded to bf16
     gradient = torch.autograd.grad(logp.sum(), args[0])[0]
     h = args[0].detach().double().requires_grad_()
     exact = torch.autograd.grad(dense(h, args[1].double(), None, args[3], 1.0)[0].sum(), h)[0]
@@ -75,7 +85,11 @@ def peak_bytes(f):
     """Largest sum of allocations alive at once while f runs."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         f()
-    return max(itertools.accumulate(e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"))
+    return max(
+        itertools.accumulate(
+            e.nbytes() for e in run.profiler.kineto_results.events() if e.name() == "[memory]"
+        )
+    )
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
@@ -112,7 +126,9 @@ def assert_same_gradients(ours, theirs, tolerance=1e-5):
     scale = max(g.abs().max() for g in theirs.values())
     assert all(g.abs().max() > 0 for g in ours.values())
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=tolerance * float(scale), msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-4, atol=tolerance * float(scale), msg=lambda m: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,17 +147,28 @@ def test_packed_groups_are_the_dense_model(shared, oracle, family):
         assert scored.mask[b, i].tolist() == [t < len(c) for t in range(12)]
         torch.testing.assert_close(scored.logps[b, i, : len(c)], logp, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(scored.entropy[b, i, : len(c)], entropy, rtol=1e-5, atol=1e-5)
-    assert not scored.logps[~scored.mask].any() and not scored.entropy[~scored.mask].any() and not scored.entropy.requires_grad
-    assert_same_gradients(gradients((scored.logps * WEIGHTS).sum(), shared(family).peft), gradients(loss, model))
+    assert (
+        not scored.logps[~scored.mask].any()
+        and not scored.entropy[~scored.mask].any()
+        and not scored.entropy.requires_grad
+    )
+    assert_same_gradients(
+        gradients((scored.logps * WEIGHTS).sum(), shared(family).peft), gradients(loss, model)
+    )
 
 
-@pytest.mark.parametrize("family, options", (("qwen2", {}), ("qwen2", dict(quantize="nf4")), ("phi", dict(quantize="nf4"))))
+@pytest.mark.parametrize(
+    "family, options", (("qwen2", {}), ("qwen2", dict(quantize="nf4")), ("phi", dict(quantize="nf4")))
+)
 def test_lora_layers_are_pefts(load, family, options):
     """Their forward and backward are written by hand: against PEFT's own, with the adapter on, off, and in 4 bits."""
     policy = load(family, **options)
 
     def results():
-        scored, reference = policy.token_logps(PROMPTS, COMPLETIONS), policy.token_logps(PROMPTS, COMPLETIONS, role="reference")
+        scored, reference = (
+            policy.token_logps(PROMPTS, COMPLETIONS),
+            policy.token_logps(PROMPTS, COMPLETIONS, role="reference"),
+        )
         return scored.logps, reference.logps, gradients((scored.logps * WEIGHTS).sum(), policy.peft)
 
     ours = results()
@@ -176,7 +203,10 @@ def test_checkpointed_gradients_are_the_same(load, family, options):
     policy, plain = load(family, gradient_checkpointing=True, **options), load(family, **options)
     calls = []
     policy.hf.base_model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
-    ours, theirs = (gradients((p.token_logps(PROMPTS, COMPLETIONS).logps * WEIGHTS).sum(), p.peft) for p in (policy, plain))
+    ours, theirs = (
+        gradients((p.token_logps(PROMPTS, COMPLETIONS).logps * WEIGHTS).sum(), p.peft)
+        for p in (policy, plain)
+    )
     assert len(calls) == 2  # the second in the backward pass
     assert_same_gradients(ours, theirs)
 
@@ -184,7 +214,10 @@ def test_checkpointed_gradients_are_the_same(load, family, options):
 def test_sequence_mean_and_samples(shared):
     """sequence_mean divides by each completion's own length; samples() drops the last of each group and the columns it alone needed."""
     scored = shared().token_logps(PROMPTS, COMPLETIONS)
-    means = [[scored.logps.detach()[b, i, : len(c)].mean() for i, c in enumerate(g)] for b, g in enumerate(COMPLETIONS)]
+    means = [
+        [scored.logps.detach()[b, i, : len(c)].mean() for i, c in enumerate(g)]
+        for b, g in enumerate(COMPLETIONS)
+    ]
     torch.testing.assert_close(scored.sequence_mean().detach(), torch.tensor(means))
     samples = scored.samples()
     assert samples.logps.shape == samples.mask.shape == samples.entropy.shape == (3, 2, 8)
@@ -225,7 +258,11 @@ def test_sliding_window_shorter_than_the_text_is_refused(model_dir):
 
 @pytest.mark.parametrize(
     "family, feature",
-    (("gemma3_text", dict(final_logit_softcapping=30.0)), ("cohere", dict(logit_scale=0.1)), ("granite", dict(logits_scaling=8.0))),
+    (
+        ("gemma3_text", dict(final_logit_softcapping=30.0)),
+        ("cohere", dict(logit_scale=0.1)),
+        ("granite", dict(logits_scaling=8.0)),
+    ),
 )
 def test_what_happens_to_logits_after_the_head_is_refused(model_dir, family, feature):
     """Log-probabilities without it would be another model's."""
@@ -252,7 +289,10 @@ def test_attention_that_is_not_plain_is_refused(feature):
 def test_a_group_in_several_passes_has_the_log_probs_and_the_gradient_of_one(monkeypatch, load, options):
     """Passes of 2, 2 and 1 completions of 5, unequal lengths: values, entropies, mask, and gradient."""
     deep = load(**options)
-    prompts, completions = random_ids([3, 5]), [random_ids([4, 7, 2, 3, 9], seed=1), random_ids([6, 1, 5, 8, 2], seed=2)]
+    prompts, completions = (
+        random_ids([3, 5]),
+        [random_ids([4, 7, 2, 3, 9], seed=1), random_ids([6, 1, 5, 8, 2], seed=2)],
+    )
     results = []
     for limit in (10**6, 20):
         monkeypatch.setattr(policy_module, "PASS_TOKENS", limit)
@@ -287,5 +327,7 @@ def test_memory_kept_for_the_backward_pass_is_that_of_one_pass(monkeypatch, load
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             deep.token_logps(random_ids([4]), [random_ids([64] * 8, seed=1)])
         weights = {p.untyped_storage().data_ptr() for p in deep.hf.parameters()}
-        kept.append(sum(x.untyped_storage().nbytes() for pointer, x in storages.items() if pointer not in weights))
+        kept.append(
+            sum(x.untyped_storage().nbytes() for pointer, x in storages.items() if pointer not in weights)
+        )
     assert kept[1] < 0.1 * kept[0]

@@ -6,7 +6,15 @@ import math
 import numpy as np
 import pytest
 
-from plots.statistics import compare_paired, first_reach, holm, reach_ratio, seed_band, sign_flip_test, two_level_interval
+from plots.statistics import (
+    compare_paired,
+    first_reach,
+    holm,
+    reach_ratio,
+    seed_band,
+    sign_flip_test,
+    two_level_interval,
+)
 
 
 def half_width(values):
@@ -27,7 +35,9 @@ def test_prompts_are_crossed_with_seeds():
     x = np.random.default_rng(2).normal(size=100)
     assert half_width(np.tile(x, (10, 1))) == pytest.approx(half_width(x[None, :]), rel=0.1)
     seeds = np.random.default_rng(3).normal(size=12)
-    assert half_width(np.tile(seeds[:, None], (1, 50))) == pytest.approx(half_width(seeds[:, None]), rel=0.1)  # nor more prompts the seeds'
+    assert half_width(np.tile(seeds[:, None], (1, 50))) == pytest.approx(
+        half_width(seeds[:, None]), rel=0.1
+    )  # nor more prompts the seeds'
 
 
 def test_interval_is_the_plain_bootstrap():
@@ -36,7 +46,9 @@ def test_interval_is_the_plain_bootstrap():
     assert two_level_interval(x, n=20000)[1:] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.02)
 
 
-@pytest.mark.parametrize("values, level", [([], 0.95), ([[]], 0.95), ([1.0, 2.0], 0.95), ([[1.0, math.nan]], 0.95), ([[1.0]], 1.0)])
+@pytest.mark.parametrize(
+    "values, level", [([], 0.95), ([[]], 0.95), ([1.0, 2.0], 0.95), ([[1.0, math.nan]], 0.95), ([[1.0]], 1.0)]
+)
 def test_interval_refuses(values, level):
     with pytest.raises(ValueError, match="wanted"):
         two_level_interval(values, level)
@@ -51,7 +63,10 @@ def test_interval_refuses(values, level):
         ([3, 1, -1], 6 / 8),  # |sum| = 3: reached by +-5 and by the four patterns that sum to +-3
         ([1, -1], 1.0),
         ([0, 0, 0, 0], 1.0),
-        ([0.1] * 3 + [0.3], 2 / 16),  # 0.1 + 0.1 + 0.1 is not 0.3 in floats: rounding must not decide what is a tie
+        (
+            [0.1] * 3 + [0.3],
+            2 / 16,
+        ),  # 0.1 + 0.1 + 0.1 is not 0.3 in floats: rounding must not decide what is a tie
         ([0.1, 0.1, 0.1, -0.3], 1.0),
     ],
 )
@@ -68,14 +83,18 @@ def test_sign_flip_above_the_exact_size_is_near_the_enumeration():
 
 
 def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])  # 0.04 * 1 may not fall below 0.03 * 2
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx(
+        [0.03, 0.06, 0.06, 0.02]
+    )  # 0.04 * 1 may not fall below 0.03 * 2
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.02]) == [0.02] and holm([]) == []
 
 
 def test_paired_comparison_names_what_it_generalises_over():
     a = np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
     few = compare_paired(a, np.zeros((2, 3)))
-    assert few["unit"] == "prompts" and few["difference"] == pytest.approx(2 / 3) and few["p"] == 2 / 8  # prompts' means 1, 0.5, 0.5
+    assert (
+        few["unit"] == "prompts" and few["difference"] == pytest.approx(2 / 3) and few["p"] == 2 / 8
+    )  # prompts' means 1, 0.5, 0.5
     many = compare_paired(np.tile(a, (3, 1)), np.zeros((6, 3)))
     assert many["unit"] == "seeds" and many["p"] == 2 / 64
     assert compare_paired(a, a)["p"] == 1.0 and compare_paired(a, a)["difference"] == 0.0
@@ -90,12 +109,22 @@ def test_first_reach():
 def test_reach_ratio():
     steps, slow = [0, 10, 20], np.array([[0.0, 0.5, 1.0]] * 4)
     r = reach_ratio(steps, [[0.0, 1.0, 1.0]] * 4, slow)
-    assert (r["target"], r["a"], r["b"], r["ratio"], r["low"], r["high"], r["never"]) == (1.0, 10.0, 20.0, 0.5, 0.5, 0.5, 0.0)
+    assert (r["target"], r["a"], r["b"], r["ratio"], r["low"], r["high"], r["never"]) == (
+        1.0,
+        10.0,
+        20.0,
+        0.5,
+        0.5,
+        0.5,
+        0.0,
+    )
     never = reach_ratio(steps, [[0.0, 0.1, 0.2]] * 4, slow)
     assert math.isnan(never["ratio"]) and math.isinf(never["low"]) and never["never"] == 1.0
     mixed = reach_ratio(steps, [[0.0, 0.5, 0.6], [0.0, 2.0, 2.0], [0.0, 0.5, 0.6], [0.0, 0.5, 0.6]], slow)
     # Only with seed 1 drawn twice or more is the mean's end, (n 2 + (4 - n) 0.6) / 4, at least 1.
-    assert mixed["never"] == pytest.approx((3 / 4) ** 4 + (3 / 4) ** 3, abs=0.03) and math.isinf(mixed["high"])
+    assert mixed["never"] == pytest.approx((3 / 4) ** 4 + (3 / 4) ** 3, abs=0.03) and math.isinf(
+        mixed["high"]
+    )
 
 
 def test_seed_band():

@@ -19,18 +19,26 @@ def write_run(folder, name, seed, reward, judged=False):
     folder.mkdir(parents=True)
     settings = dict(steps=STEPS, prompts_per_step=2, group_size=8, lr=1e-3, switch_lr=None)
     environment = dict(versions={"torch": "2"}, gpu=None, machine="m", commit=f"c{seed}")
-    (folder / "config.json").write_text(json.dumps(dict(method="m", settings=settings, environment=environment)))
+    (folder / "config.json").write_text(
+        json.dumps(dict(method="m", settings=settings, environment=environment))
+    )
     lines = []
     for step in range(STEPS + 1):
         line = {"step": step, "a/metric/nobody/draws": 1.0}
         if step:
             line |= {"loss": -step / 7, "time/update": 0.5, "memory/peak": 1.0}
             if name not in ("sft", "dpo"):
-                line |= {"reward/mean": reward * step / STEPS, "tokens/generated": 100 * step, "time/rollout": 0.5}
+                line |= {
+                    "reward/mean": reward * step / STEPS,
+                    "tokens/generated": 100 * step,
+                    "time/rollout": 0.5,
+                }
                 line |= {"entropy": 1.0, "distinct/2": 0.5, "length/mean": 5.0}
             if name.startswith("uniapl"):
                 line |= {"score/accuracy": 1 - step / 10}
-            line |= {f"share/{term}": 1 / 3 for term in ("exploration", "imitation", "regularizer")} | {"advantage/reference": 1 - step / 4}
+            line |= {f"share/{term}": 1 / 3 for term in ("exploration", "imitation", "regularizer")} | {
+                "advantage/reference": 1 - step / 4
+            }
         if step % 2 == 0:
             line |= {"eval/reward": 0.1 + (reward - 0.1) * step / STEPS}
         lines.append(line)
@@ -38,10 +46,21 @@ def write_run(folder, name, seed, reward, judged=False):
     for step in (0, STEPS):
         for i in range(PROMPTS):
             paid = float(i < round(PROMPTS * (reward if step else 0.25)))
-            sample = dict(step=step, prompt=f"prompt {i} | x", reference=f"reference {i}", completion=f"{name} {step}")
-            sample |= dict(reward=paid, reference_reward=float(i % 2), tokens=5 + i % 3, reference_tokens=6, truncated=False)
+            sample = dict(
+                step=step, prompt=f"prompt {i} | x", reference=f"reference {i}", completion=f"{name} {step}"
+            )
+            sample |= dict(
+                reward=paid,
+                reference_reward=float(i % 2),
+                tokens=5 + i % 3,
+                reference_tokens=6,
+                truncated=False,
+            )
             sample |= dict(kl=1 / 3 if step else 0.0, logp_reference=-float(rng.random()))
-            samples.append(sample | ({"judge_reward": 2.0 if step else 0.0, "judge_reference_reward": 1.0} if judged else {}))
+            samples.append(
+                sample
+                | ({"judge_reward": 2.0 if step else 0.0, "judge_reference_reward": 1.0} if judged else {})
+            )
     for file, content in (("metrics", lines), ("samples", samples)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
 
@@ -50,12 +69,21 @@ def write_logs(out, names, seeds=2, judged=False):
     for name in names:
         for seed in range(seeds):
             write_run(out / ".unfinished" / f"{name}-{seed}", name, seed, REWARDS.get(name, 0.5), judged)
-            about = dict(suite="tiny", name=name, seed=seed, command="python x.py", learning_rate="default", judge=None)
+            about = dict(
+                suite="tiny", name=name, seed=seed, command="python x.py", learning_rate="default", judge=None
+            )
             study.keep(out / ".unfinished" / f"{name}-{seed}", out / name / f"seed-{seed}", about)
     return out
 
 
-REWARDS = {"sft": 0.25, "grpo": 0.5, "grao": 0.75, "grpo-quality1": 0.5, "grao-quality0.25": 0.25, "grao-quality1": 0.75}
+REWARDS = {
+    "sft": 0.25,
+    "grpo": 0.5,
+    "grao": 0.75,
+    "grpo-quality1": 0.5,
+    "grao-quality0.25": 0.25,
+    "grao-quality1": 0.75,
+}
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +95,18 @@ def test_what_is_kept_is_small_and_reads_back(whole):
     folder = whole / "grao" / "seed-1"
     assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl"}
     lines = read_jsonl(folder / "samples.jsonl")
-    assert [line["step"] for line in lines] == [0, STEPS] and lines[1]["kl"] == [0.3333] * PROMPTS and len(lines[1]["texts"]) == study.TEXTS
+    assert (
+        [line["step"] for line in lines] == [0, STEPS]
+        and lines[1]["kl"] == [0.3333] * PROMPTS
+        and len(lines[1]["texts"]) == study.TEXTS
+    )
     assert set().union(*read_jsonl(folder / "metrics.jsonl")) <= set(study.METRICS)
     log = study.load(whole)["grao"][1]
-    assert log.after["reward"].sum() == 9 and log.before["reward"].sum() == 3 and log.last("tokens/generated") == 600
+    assert (
+        log.after["reward"].sum() == 9
+        and log.before["reward"].sum() == 3
+        and log.last("tokens/generated") == 600
+    )
     assert log.seconds()[1][-1] == STEPS and log.curve("eval/reward")[0].tolist() == [0, 2, 4, 6]
     assert set(study.load(whole)) == set(suites.METHODS)  # and nothing of .unfinished
 
@@ -87,7 +123,9 @@ def test_logs_without_texts_are_left_out_of_the_page_of_samples(whole):
 
 def test_measures_by_hand(whole):
     logs = study.load(whole)
-    assert study.matrix(logs, "grao", "ras").mean() == 5 / 12  # of the nine paid answers, the four to odd prompts only tie
+    assert (
+        study.matrix(logs, "grao", "ras").mean() == 5 / 12
+    )  # of the nine paid answers, the four to odd prompts only tie
     assert study.matrix(logs, "grao", "nag").mean() == 6 / 12 and study.matrix(logs, "sft", "nag").mean() == 0
     assert study.matrix(logs, "grao", "reward").shape == (2, PROMPTS)
 
@@ -95,7 +133,10 @@ def test_measures_by_hand(whole):
 def test_a_judge_decides_ras_and_nag_and_not_the_reward(tmp_path):
     logs = study.load(write_logs(tmp_path, ["grao", "grpo"], judged=True))
     assert study.matrix(logs, "grao", "ras").mean() == study.matrix(logs, "grao", "nag").mean() == 1
-    assert study.matrix(logs, "grao", "reward").mean() == 0.75 and study.matrix(logs, "grao", "judged").mean() == 2
+    assert (
+        study.matrix(logs, "grao", "reward").mean() == 0.75
+        and study.matrix(logs, "grao", "judged").mean() == 2
+    )
     text = tables.comparison(logs)
     assert "by the judge" in text and "second reward model" in text and "2.000 [2.000, 2.000]" in text
 
@@ -111,7 +152,9 @@ def test_every_figure_is_drawn_at_readme_width_and_every_method_is_in_the_tables
         assert f"| {tables.label(name)} |" in results or f"| **{tables.label(name)}** |" in results, name
     for name in suites.COMPARED:
         assert f"| {tables.label(name)} | {name} {STEPS} (" in samples
-    assert "64.60 / 67.98" in results and "76.82 / 34.85" in results and "61.18 / 46.26" in results  # the paper's own
+    assert (
+        "64.60 / 67.98" in results and "76.82 / 34.85" in results and "61.18 / 46.26" in results
+    )  # the paper's own
     for text in (results, samples):  # every row of a table has its header's cells
         for block in text.split("\n\n"):
             rows = [row.replace("\\|", "").count("|") for row in block.splitlines() if row.startswith("|")]
@@ -122,16 +165,24 @@ def test_every_figure_is_drawn_at_readme_width_and_every_method_is_in_the_tables
 def test_numbers_in_the_tables(whole):
     logs = study.load(whole)
     row = next(line for line in tables.comparison(logs).splitlines() if line.startswith("| **GRAO**"))
-    assert "| 2 | 41.7 [" in row and "| +50.0 [" in row and "0.750 [" in row and "| 0.33 [0.33, 0.33] |" in row
+    assert (
+        "| 2 | 41.7 [" in row and "| +50.0 [" in row and "0.750 [" in row and "| 0.33 [0.33, 0.33] |" in row
+    )
     row = next(line for line in tables.comparison(logs).splitlines() if line.startswith("| GRAO − SFT"))
     # Six prompts of twelve differ, all one way: 2 / 2^6 of the sign patterns. Seven tests; SFT's p is the smallest of them, with no other.
     assert f"| 0.031 | {min(1, 7 * 2 / 2**6):.2g} | prompts |" in row
     row = next(line for line in tables.reach(logs).splitlines() if line.startswith("| GRAO"))
     assert "| 3.7 | 0.62 [0.62, 0.62] | 0% |" in row  # 0.1 + 0.65 s / 6 = 0.5 at s = 3.69
-    assert "\nSFT does not cross GRPO: level somewhere" in tables.crossings(logs) and tables.crossings({}) == ""
+    assert (
+        "\nSFT does not cross GRPO: level somewhere" in tables.crossings(logs) and tables.crossings({}) == ""
+    )
     cut = {name: logs[name] for name in ("grpo-quality1", "grao-quality0.25", "grao-quality1")}
-    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)  # 0.25 below at 25 %, 0.25 above at 100 %
-    cut["grpo-quality1"] = cut["grpo-quality1"] | {9: logs["grao-quality1"][0]}  # a seed of GRPO's alone is no part of that
+    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(
+        cut
+    )  # 0.25 below at 25 %, 0.25 above at 100 %
+    cut["grpo-quality1"] = cut["grpo-quality1"] | {
+        9: logs["grao-quality1"][0]
+    }  # a seed of GRPO's alone is no part of that
     assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)
     row = next(line for line in tables.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
     assert row == "| unified, λ = 3 | 2 | 0.900 → 0.400 | 1.000 → 1.000 | 0.500 → 0.500 | 5.000 → 5.000 |"
@@ -139,7 +190,9 @@ def test_numbers_in_the_tables(whole):
     assert "commit c0, c1." in tables.budgets(logs)
     budget = next(line for line in tables.budgets(logs).splitlines() if line.startswith("| GRPO |"))
     assert "| 2 | 6 | 6 | 2 | 96 | 600 | 0.001 | default | 6 |" in budget
-    assert "| 0 | 0 |" in next(line for line in tables.budgets(logs).splitlines() if line.startswith("| SFT |"))
+    assert "| 0 | 0 |" in next(
+        line for line in tables.budgets(logs).splitlines() if line.startswith("| SFT |")
+    )
 
 
 def test_a_missing_part_leaves_its_figure_out_and_says_so(tmp_path, capsys):
@@ -150,7 +203,10 @@ def test_a_missing_part_leaves_its_figure_out_and_says_so(tmp_path, capsys):
     assert figures.main(["--logs", str(logs), "--out", str(out)])
     printed = capsys.readouterr().out
     assert {p.stem for p in out.glob("*.png")} == {"comparison", "dynamics", "components", "cost"}
-    assert "quality: left out, these runs are not in the logs" in printed and "Quality: left out" in (out / "results.md").read_text()
+    assert (
+        "quality: left out, these runs are not in the logs" in printed
+        and "Quality: left out" in (out / "results.md").read_text()
+    )
     assert "Not run: SFT, DPO, PPO" in (out / "results.md").read_text()
 
 
@@ -172,11 +228,21 @@ def test_logs_that_are_none(tmp_path):
 
 def test_a_method_has_one_colour(whole):
     assert len({figures.COLOURS[name] for name in suites.COMPARED}) == len(suites.COMPARED)
-    assert figures.colour("ppo-4") == figures.colour("ppo") and figures.colour("uniapl-lambda1") == figures.colour("uniapl")
+    assert figures.colour("ppo-4") == figures.colour("ppo") and figures.colour(
+        "uniapl-lambda1"
+    ) == figures.colour("uniapl")
 
 
 def test_swapped_pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"p{i}", "chosen": "good", "rejected": "bad"}) + "\n" for i in range(300)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"p{i}", "chosen": "good", "rejected": "bad"}) + "\n" for i in range(300)
+        )
+    )
     kept = {share: [r["chosen"] == "good" for r in study.swapped(path, share)] for share in (0.25, 0.75, 1.0)}
-    assert all(kept[1.0]) and 0.15 < np.mean(kept[0.25]) < 0.35 and all(b or not a for a, b in zip(kept[0.25], kept[0.75]))
+    assert (
+        all(kept[1.0])
+        and 0.15 < np.mean(kept[0.25]) < 0.35
+        and all(b or not a for a, b in zip(kept[0.25], kept[0.75]))
+    )

@@ -33,7 +33,10 @@ def test_every_command_line_is_one_its_program_takes(suite, quick, tmp_path):
     for key in {key for run in suites.grid(suite) for key in run.sweeps}:
         method, rates, flags = suites.sweep(suite, key)
         config = sweep.METHODS[method].config
-        assert check_settings(config(**parse(config, [f.format(**places(args)) for f in flags], ""))).steps and len(rates) >= 2
+        assert (
+            check_settings(config(**parse(config, [f.format(**places(args)) for f in flags], ""))).steps
+            and len(rates) >= 2
+        )
 
 
 def test_a_flag_that_does_not_exist_is_refused(monkeypatch, tmp_path):
@@ -46,10 +49,24 @@ def test_a_flag_that_does_not_exist_is_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_budgets_are_equal(suite):
     args = compare.arguments(["--suite", suite, *FLAGS])
-    configs = {run.name: compare.settings_of(compare.words_of(run, args, places(args))[0]) for run in suites.grid(suite)}
-    assert len({(c.steps, c.prompts_per_step, c.group_size, c.max_new_tokens, c.temperature, c.eval_prompts) for c in configs.values()}) == 1
+    configs = {
+        run.name: compare.settings_of(compare.words_of(run, args, places(args))[0])
+        for run in suites.grid(suite)
+    }
+    assert (
+        len(
+            {
+                (c.steps, c.prompts_per_step, c.group_size, c.max_new_tokens, c.temperature, c.eval_prompts)
+                for c in configs.values()
+            }
+        )
+        == 1
+    )
     assert configs["ppo"].ppo_epochs * configs["ppo"].minibatches == configs["grpo"].updates_per_rollout == 1
-    assert all(c.group_size == suites.GROUP and (c.beta, c.lam) == (suites.BETA, suites.LAMBDA) for c in [configs["grao"]])
+    assert all(
+        c.group_size == suites.GROUP and (c.beta, c.lam) == (suites.BETA, suites.LAMBDA)
+        for c in [configs["grao"]]
+    )
 
 
 def test_the_grid_has_what_the_study_asks_for():
@@ -58,18 +75,31 @@ def test_the_grid_has_what_the_study_asks_for():
     assert sum(run.name == "grao" for run in runs) >= 10 and len(suites.SHARES) == 4
     assert all(tables.label(name) != name for name in suites.METHODS if name not in ("dpo",))
     assert {run.name for run in suites.grid("smollm2", ["comparison"])} == set(suites.COMPARED)
-    assert max(run.seed for run in suites.grid("tiny", seeds=2)) == 1 and max(run.seed for run in suites.grid("tiny", ["quality"], seeds=7)) == 6
+    assert (
+        max(run.seed for run in suites.grid("tiny", seeds=2)) == 1
+        and max(run.seed for run in suites.grid("tiny", ["quality"], seeds=7)) == 6
+    )
     quick = suites.grid("tiny", quick=True)
-    assert set(suites.COMPARED) <= {run.name for run in quick} and max(run.seed for run in quick) == 1 and len(quick) < 40
+    assert (
+        set(suites.COMPARED) <= {run.name for run in quick}
+        and max(run.seed for run in quick) == 1
+        and len(quick) < 40
+    )
 
 
 def test_the_best_rate_of_a_sweep_is_taken_and_each_stage_takes_its_own(tmp_path):
     for key, rows in {"sft": [(1e-3, 0.2), (2e-3, 0.4)], "grpo": [(1e-3, 0.9), (2e-3, 0.1)]}.items():
-        (tmp_path / f"sweep-tiny-{key}.json").write_text('{"rows": [' + ", ".join(f'{{"lr": {lr}, "reward": {r}}}' for lr, r in rows) + "]}")
+        (tmp_path / f"sweep-tiny-{key}.json").write_text(
+            '{"rows": [' + ", ".join(f'{{"lr": {lr}, "reward": {r}}}' for lr, r in rows) + "]}"
+        )
     args = compare.arguments(["--suite", "tiny", "--sweeps", str(tmp_path)])
     words, source = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
     config = compare.settings_of(words)
-    assert (config.lr, config.switch_lr) == (2e-3, 1e-3) and "0.002: 0.400" in source and "sweep-tiny-grpo.json" in source
+    assert (
+        (config.lr, config.switch_lr) == (2e-3, 1e-3)
+        and "0.002: 0.400" in source
+        and "sweep-tiny-grpo.json" in source
+    )
     assert compare.words_of(suites.run("tiny", "dpo", 0), args, places(args))[1] == "default"
     args.flags = ["--lr", "3e-4"]  # wins over a sweep
     words, source = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
@@ -89,12 +119,18 @@ def test_the_best_rate_of_a_sweep_is_taken_and_each_stage_takes_its_own(tmp_path
 def test_the_equivalent_run_has_the_same_gradient_but_for_a_factor(beta, lam):
     """Eq. (3) is (1 + lam) times the objective without the regulariser at another beta, so a clip scaled along clips it alike."""
     generator = torch.Generator().manual_seed(0)
-    rewards, references = torch.randint(0, 2, (5, 8), generator=generator).double(), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]).double()
+    rewards, references = (
+        torch.randint(0, 2, (5, 8), generator=generator).double(),
+        torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]).double(),
+    )
     A_o, A_y = group_advantages(rewards, references, "with_reference", eps=0.0)
     gradients = []
     other, clip = suites.equivalent(beta, lam, 8)
     for b, m, without in ((beta, lam, None), (other, lam, "regularizer")):
-        x, y = (torch.randn(shape, generator=torch.Generator().manual_seed(1)).double().requires_grad_() for shape in ((5, 8), (5,)))
+        x, y = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+            for shape in ((5, 8), (5,))
+        )
         loss, _ = grao_loss(x, y, A_o, A_y, b, m, without)
         gradients.append([loss.detach()[None], *torch.autograd.grad(loss, (x, y), allow_unused=True)])
     for full, reweighted in zip(*gradients):
@@ -118,6 +154,11 @@ def test_graded_references_are_right_as_often_as_asked(level):
     assert means[0.0] == 0 and means[1.0] == 1 and abs(means[0.5] - 0.5) < 0.1
     assert graded_tasks(level, 200, 0.5) == by_share[0.5]
     for none, half, full in zip(*by_share.values()):
-        assert none["prompt"] == half["prompt"] == full["prompt"] and half in (none, full)  # a larger share only puts wrong ones right
+        assert none["prompt"] == half["prompt"] == full["prompt"] and half in (
+            none,
+            full,
+        )  # a larger share only puts wrong ones right
         assert half["experts"][0] == half["chosen"] and "rejected" not in half
-    assert sum(r["experts"][0] != r["experts"][1] for r in by_share[1.0]) > 150  # a second one, for a discriminator to learn from
+    assert (
+        sum(r["experts"][0] != r["experts"][1] for r in by_share[1.0]) > 150
+    )  # a second one, for a discriminator to learn from

@@ -18,44 +18,90 @@ def test_a_sweep_scores_each_rate_on_the_training_prompts(tmp_path, monkeypatch)
     sweep.main(["sft", "--lrs", "1e-9", "0.5", "--out", str(out), "--", *flags])
     result = json.loads(out.read_text())
     small, large = result["rows"]
-    assert (small["lr"], large["lr"]) == (1e-9, 0.5) and small["prompts"] == large["prompts"] == 5  # 6 were trained on, MOST are scored
+    assert (small["lr"], large["lr"]) == (1e-9, 0.5) and small["prompts"] == large[
+        "prompts"
+    ] == 5  # 6 were trained on, MOST are scored
     assert small["tokens"] != large["tokens"]  # each row is its own adapter's: 0.5 destroys the model
     assert result["command"].endswith(" ".join(flags)) and result["environment"]["versions"]["torch"]
 
 
 def test_finished_runs_that_kept_their_adapters_are_measured_as_a_sweep_is(tmp_path):
-    flags = ["--model", "tiny", "--steps", "2", "--prompts-per-step", "3", "--group-size", "2", "--eval-prompts", "2", "--max-new-tokens", "8"]
+    flags = [
+        "--model",
+        "tiny",
+        "--steps",
+        "2",
+        "--prompts-per-step",
+        "3",
+        "--group-size",
+        "2",
+        "--eval-prompts",
+        "2",
+        "--max-new-tokens",
+        "8",
+    ]
     rates = ["1e-9", "0.5"]
     for lr in rates:
-        train.run(sweep.METHODS["grpo"], parse(sweep.METHODS["grpo"].config, [*flags, "--lr", lr, "--out", str(tmp_path / lr)], ""))
+        train.run(
+            sweep.METHODS["grpo"],
+            parse(sweep.METHODS["grpo"].config, [*flags, "--lr", lr, "--out", str(tmp_path / lr)], ""),
+        )
     swept = sweep.main(["grpo", "--lrs", *rates, "--out", str(tmp_path / "a.json"), "--", *flags])
     runs = [str(tmp_path / lr) for lr in rates]
     assert sweep.main(["grpo", "--runs", *runs, "--out", str(tmp_path / "b.json")]) == swept
     shutil.rmtree(tmp_path / "0.5" / "adapter")
-    assert exit_status(lambda: sweep.main(["grpo", "--runs", *runs, "--out", str(tmp_path / "c.json")])) == 2 and not (tmp_path / "c.json").exists()
+    assert (
+        exit_status(lambda: sweep.main(["grpo", "--runs", *runs, "--out", str(tmp_path / "c.json")])) == 2
+        and not (tmp_path / "c.json").exists()
+    )
 
 
 def write_run(folder, method, rewards, lr):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"method": method, "settings": {"lr": lr, "prompts_per_step": 3, "group_size": 4}}))
-    lines = [{"step": 0, "eval/reward": 9.0}] + [{"step": i + 1, **({} if r is None else {"reward/mean": r})} for i, r in enumerate(rewards)]
+    (folder / "config.json").write_text(
+        json.dumps({"method": method, "settings": {"lr": lr, "prompts_per_step": 3, "group_size": 4}})
+    )
+    lines = [{"step": 0, "eval/reward": 9.0}] + [
+        {"step": i + 1, **({} if r is None else {"reward/mean": r})} for i, r in enumerate(rewards)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
 
 
 def test_finished_runs_make_a_table_from_their_last_ten_steps(tmp_path):
-    slow, fast = (write_run(tmp_path / f"{lr}", "grpo", rewards, lr) for lr, rewards in ((1e-3, [0.0] * 5 + [0.25] * 10), (3e-4, [0.5] * 4)))
+    slow, fast = (
+        write_run(tmp_path / f"{lr}", "grpo", rewards, lr)
+        for lr, rewards in ((1e-3, [0.0] * 5 + [0.25] * 10), (3e-4, [0.5] * 4))
+    )
     rows = sweep.main(["grpo", "--runs", slow, fast, "--out", str(tmp_path / "t.json")])
-    assert rows == [{"lr": 1e-3, "steps": 15, "samples": 120, "reward": 0.25}, {"lr": 3e-4, "steps": 4, "samples": 48, "reward": 0.5}]
+    assert rows == [
+        {"lr": 1e-3, "steps": 15, "samples": 120, "reward": 0.25},
+        {"lr": 3e-4, "steps": 4, "samples": 48, "reward": 0.5},
+    ]
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
     (row,) = sweep.main(["grpo", "--runs", slow, "--last", "12", "--out", str(tmp_path / "t.json")])
     assert row == {"lr": 1e-3, "steps": 15, "samples": 144, "reward": pytest.approx(2.5 / 12)}
-    assert exit_status(lambda: sweep.main(["grpo", "--runs", slow, "--last", "0", "--out", str(tmp_path / "t.json")])) == 2
+    assert (
+        exit_status(
+            lambda: sweep.main(["grpo", "--runs", slow, "--last", "0", "--out", str(tmp_path / "t.json")])
+        )
+        == 2
+    )
 
 
-@pytest.mark.parametrize("method, rewards, said", [("sft", [None] * 3, "draws no samples"), ("ppo", [0.1], "not of"), (None, [], "is not a run's folder")])
+@pytest.mark.parametrize(
+    "method, rewards, said",
+    [("sft", [None] * 3, "draws no samples"), ("ppo", [0.1], "not of"), (None, [], "is not a run's folder")],
+)
 def test_other_runs_are_one_line(tmp_path, capsys, method, rewards, said):
     path = write_run(tmp_path / "x", method, rewards, 1e-3) if method else str(tmp_path / "none")
-    assert exit_status(lambda: sweep.main(["sft" if method == "sft" else "grpo", "--runs", path, "--out", str(tmp_path / "t.json")])) == 2
+    assert (
+        exit_status(
+            lambda: sweep.main(
+                ["sft" if method == "sft" else "grpo", "--runs", path, "--out", str(tmp_path / "t.json")]
+            )
+        )
+        == 2
+    )
     err = capsys.readouterr().err
     assert said in err and len(err.splitlines()) == 1

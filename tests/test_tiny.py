@@ -40,7 +40,9 @@ def test_the_seed_alone_decides_and_a_smaller_n_is_a_prefix():
     assert tiny_tasks("train", 200, seed=1) == tiny_tasks("train", 300, seed=1)[:200]
     assert tiny_tasks("train", 200, seed=1) != tiny_tasks("train", 200, seed=2)
     # Pinned: Python's hash() or a set's order would change from one process to the next.
-    assert tiny_tasks("heldout", 1)[0]["prompt"] == "write 5 trees , without oak , with commas , start with ok"
+    assert (
+        tiny_tasks("heldout", 1)[0]["prompt"] == "write 5 trees , without oak , with commas , start with ok"
+    )
 
 
 def test_prompts_are_distinct_until_the_pool_is_empty():
@@ -55,7 +57,9 @@ def test_prompts_are_distinct_until_the_pool_is_empty():
 
 
 def test_references_are_good_but_not_perfect_and_rejected_ones_are_worse(records):
-    met = {key: [constraint_results(r[key], r["constraints"]) for r in records] for key in ("chosen", "rejected")}
+    met = {
+        key: [constraint_results(r[key], r["constraints"]) for r in records] for key in ("chosen", "rejected")
+    }
     share = {key: sum(map(sum, rows)) / sum(map(len, rows)) for key, rows in met.items()}
     assert 0.75 < share["chosen"] < 0.85
     assert 0.30 < share["rejected"] < 0.50
@@ -72,7 +76,7 @@ def test_an_answer_meets_exactly_what_it_follows(records):
         assert constraint_results(good, r["constraints"]) == everything
         assert verifier([r["prompt"]], [good], constraints=[r["constraints"]]) == [1.0], (r["prompt"], good)
         for i in range(len(everything)):
-            follow = everything[:i] + [False] + everything[i + 1:]
+            follow = everything[:i] + [False] + everything[i + 1 :]
             assert constraint_results(answer(r["constraints"], follow, rng), r["constraints"]) == follow
 
 
@@ -86,11 +90,21 @@ def test_tokenizer_round_trip(records, tokenizer):
 
 def test_chat_template(tokenizer):
     chat = [{"role": "user", "content": "list 2 trees"}]
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    prompt = tokenizer.apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     assert prompt == "<|im_start|>user\nlist 2 trees<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|im_start|>user\nlist 2 trees<|im_end|>\n"
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode(prompt, add_special_tokens=False)) == [
-        "<|im_start|>", "user", "list", "2", "trees", "<|im_end|>", "<|im_start|>", "assistant"]
+        "<|im_start|>",
+        "user",
+        "list",
+        "2",
+        "trees",
+        "<|im_end|>",
+        "<|im_start|>",
+        "assistant",
+    ]
 
 
 def test_special_tokens_and_files(tokenizer):
@@ -98,9 +112,13 @@ def test_special_tokens_and_files(tokenizer):
     ends = tokenizer.convert_tokens_to_ids([END_OF_TURN, END_OF_TEXT])
     assert generation.eos_token_id == ends == config.eos_token_id and len(set(ends)) == 2
     assert tokenizer.eos_token_id == ends[0] and tokenizer.pad_token_id not in ends
-    assert not {"temperature", "top_k", "top_p", "do_sample"} & set(json.loads((TINY / "generation_config.json").read_text()))
+    assert not {"temperature", "top_k", "top_p", "do_sample"} & set(
+        json.loads((TINY / "generation_config.json").read_text())
+    )
     assert config.model_type == "qwen3" and config.tie_word_embeddings and config.vocab_size == len(tokenizer)
-    assert [p.name for p in TINY.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth")] == ["model.safetensors"]
+    assert [p.name for p in TINY.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth")] == [
+        "model.safetensors"
+    ]
     assert (TINY / "model.safetensors").stat().st_size < 8e6
 
 

@@ -21,7 +21,20 @@ from record import RunFolder, read_jsonl, report, summary
 from settings import METRICS, check_settings, parse
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--model", "tiny", "--steps", "4", "--prompts-per-step", "3", "--group-size", "4", "--eval-prompts", "8", "--eval-every", "2"]
+SMALL = [
+    "--model",
+    "tiny",
+    "--steps",
+    "4",
+    "--prompts-per-step",
+    "3",
+    "--group-size",
+    "4",
+    "--eval-prompts",
+    "8",
+    "--eval-every",
+    "2",
+]
 CLOCK = ("time/", "tokens/per_second", "memory/")  # metrics that differ from run to run
 
 
@@ -30,7 +43,13 @@ def grao(*flags, **kwargs):
 
 
 def script(*flags, **kwargs):
-    return subprocess.run([sys.executable, ROOT / "minigrao.py", *map(str, flags)], capture_output=True, text=True, cwd=kwargs.pop("cwd", ROOT), **kwargs)
+    return subprocess.run(
+        [sys.executable, ROOT / "minigrao.py", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        cwd=kwargs.pop("cwd", ROOT),
+        **kwargs,
+    )
 
 
 def given(*flags):
@@ -55,17 +74,42 @@ def finished(tmp_path_factory):
 def test_script_trains_shows_and_saves(finished):
     out, process = finished
     assert process.returncode == 0, process.stderr
-    for words in ("mean reward [95 % interval]", "RAS win / tie / loss", "NAG", "To try next", "reference  ", "before  ", "after  ", str(out)):
+    for words in (
+        "mean reward [95 % interval]",
+        "RAS win / tie / loss",
+        "NAG",
+        "To try next",
+        "reference  ",
+        "before  ",
+        "after  ",
+        str(out),
+    ):
         assert words in process.stdout
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "checkpoint.safetensors",
+        "adapter",
+        "curves.png",
+    }
     lines = read_jsonl(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert set().union(*lines) <= set(METRICS) | set(GRAO.metrics)  # nothing is logged that is not defined
     assert lines[1]["kl/k1"] == lines[1]["kl/k3"] == 0  # before the first step the policy is the reference
     config = json.loads((out / "config.json").read_text())
-    assert config["settings"]["steps"] == 4 and config["settings"]["seed"] == 0 and "torch" in config["environment"]["versions"]
+    assert (
+        config["settings"]["steps"] == 4
+        and config["settings"]["seed"] == 0
+        and "torch" in config["environment"]["versions"]
+    )
     samples = read_jsonl(out / "samples.jsonl")
-    assert [s["step"] for s in samples] == [0] * 8 + [4] * 8 and {"prompt", "reference", "completion", "reward"} <= set(samples[0])
+    assert [s["step"] for s in samples] == [0] * 8 + [4] * 8 and {
+        "prompt",
+        "reference",
+        "completion",
+        "reward",
+    } <= set(samples[0])
 
 
 def test_resume_is_the_run_that_never_stopped(finished, tmp_path, capsys):
@@ -100,7 +144,9 @@ def test_gradient_does_not_depend_on_the_micro_batch():
     for tokens in (1, 10**6):
         t = trainer("--micro-batch-tokens", tokens, "--max-grad-norm", 1000)
         seen = {}
-        t.optimizer.step = lambda t=t, seen=seen: seen.update({n: p.grad.clone() for n, p in t.params.items()})
+        t.optimizer.step = lambda t=t, seen=seen: seen.update(
+            {n: p.grad.clone() for n, p in t.params.items()}
+        )
         GRAO.update(t, t.next_records())
         gradients.append(seen)
     largest = max(float(g.abs().max()) for g in gradients[0].values())
@@ -134,13 +180,26 @@ def test_every_pass_over_the_data_sees_each_prompt_once_in_a_new_order():
 
 
 def test_records_left_out_for_their_length_are_replaced(tmp_path):
-    lines = [{"prompt": f"list {n} animals" + " , in upper case" * (i % 2), "chosen": "cat " * (i + 1)} for i, n in enumerate((2, 3, 4, 5) * 5)]
+    lines = [
+        {"prompt": f"list {n} animals" + " , in upper case" * (i % 2), "chosen": "cat " * (i + 1)}
+        for i, n in enumerate((2, 3, 4, 5) * 5)
+    ]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    t = trainer("--data", tmp_path / "data.jsonl", "--max-reference-tokens", 10, "--steps", 2, reward_fn=lambda prompts, **columns: [0.0] * len(prompts))
+    t = trainer(
+        "--data",
+        tmp_path / "data.jsonl",
+        "--max-reference-tokens",
+        10,
+        "--steps",
+        2,
+        reward_fn=lambda prompts, **columns: [0.0] * len(prompts),
+    )
     assert len(t.records) == 6 and all(len(r["reference_ids"]) <= 10 for r in t.records + t.held_out)
 
 
-@pytest.mark.parametrize("kind, values", [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])])
+@pytest.mark.parametrize(
+    "kind, values", [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.5]), ("cosine", [0.5, 1, 1, 0.5])]
+)
 def test_learning_rate_schedule(kind, values):
     assert [train.schedule(kind, step, 2, 4) for step in range(4)] == pytest.approx(values)
 
@@ -149,7 +208,11 @@ def test_report_by_hand():
     one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False}
     before = [one | {"reward": r, "reference_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
     after = [one | {"reward": r, "reference_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
-    assert summary(after)["reward"] == 0.75 and summary(after)["ras"] == {"win": 0.25, "tie": 0.25, "loss": 0.5}
+    assert summary(after)["reward"] == 0.75 and summary(after)["ras"] == {
+        "win": 0.25,
+        "tie": 0.25,
+        "loss": 0.5,
+    }
     text = report(before, after)
     assert "0.250 / 0.250 / 0.500" in text and "+0.250 (0.500)" in text
 
@@ -213,10 +276,17 @@ RECORD = {"prompt": "list 3 animals", "chosen": "cat dog fox"}
 def test_bad_input(flags, named, tmp_path, capsys):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text(json.dumps(RECORD) + "\n{not json\n")
-    (tmp_path / "plain.jsonl").write_text("".join(json.dumps(RECORD | {"prompt": f"list {n} animals"}) + "\n" for n in (2, 3, 4)))
+    (tmp_path / "plain.jsonl").write_text(
+        "".join(json.dumps(RECORD | {"prompt": f"list {n} animals"}) + "\n" for n in (2, 3, 4))
+    )
     items = [{"type": "items", "n": 3, "allowed": ["cat", "dog", "fox"], "ignore": []}]
-    for name, prompt in (("long", "list 3 animals " * 400), ("foreign", "please enumerate thirteen vertebrates")):
-        lines = [json.dumps(RECORD | {"prompt": prompt + f" {n}", "constraints": items}) + "\n" for n in (2, 3, 4)]
+    for name, prompt in (
+        ("long", "list 3 animals " * 400),
+        ("foreign", "please enumerate thirteen vertebrates"),
+    ):
+        lines = [
+            json.dumps(RECORD | {"prompt": prompt + f" {n}", "constraints": items}) + "\n" for n in (2, 3, 4)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "single.jsonl").write_text(json.dumps(RECORD | {"constraints": items}) + "\n")
     before = sorted(tmp_path.rglob("*"))
@@ -249,9 +319,14 @@ def test_damaged_checkpoint(finished, tmp_path, capsys):
 
 def test_full_disk(tmp_path):
     """A file-size limit of 100 kB stands for the full disk: the checkpoint does not fit, and no part of the run stays behind."""
-    limit = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    limit = lambda: (
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+    )
     process = script(*SMALL, "--out", tmp_path / "run", preexec_fn=limit)
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and process.stderr.startswith("error: ")
+    assert (
+        process.returncode == 2 and process.stderr.count("\n") == 1 and process.stderr.startswith("error: ")
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -286,6 +361,8 @@ def test_from_adapter_starts_where_the_other_run_ended(finished):
     t = trainer("--from-adapter", out / "adapter")
     prompts, answers = [t.records[0]["prompt_ids"]], [[t.records[0]["reference_ids"]]]
     with torch.no_grad():
-        policy, reference = (t.policy.token_logps(prompts, answers, role=role).logps for role in ("policy", "reference"))
+        policy, reference = (
+            t.policy.token_logps(prompts, answers, role=role).logps for role in ("policy", "reference")
+        )
         fresh = trainer().policy.token_logps(prompts, answers).logps
     assert torch.equal(policy, reference) and not torch.allclose(policy, fresh)
