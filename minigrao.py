@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from settings import Config, Method, setting
+from engine.settings import Config, Method, setting
 from train import Sums, main
 
 

@@ -36,9 +36,17 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 from data import UserError
-from models import find_model, first_line, keep_freed_memory, pick_device, pick_dtype, quiet, whole_directory
-from sampling import Rollout, Sampler
-from scoring import ChunkedLogProb, Pack, Scored, lora_forward
+from engine.models import (
+    find_model,
+    first_line,
+    keep_freed_memory,
+    pick_device,
+    pick_dtype,
+    quiet,
+    whole_directory,
+)
+from engine.sampling import Rollout, Sampler
+from engine.scoring import ChunkedLogProb, Pack, Scored, lora_forward
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

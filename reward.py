@@ -14,36 +14,44 @@ and is no hack:
     verifier([record["prompt"]], ["bees turn nectar into honey."], constraints=[record["constraints"]])   # [1.0]
 
 A reward function has TRL's signature, f(prompts, completions, **columns) -> list[float]; prompts and completions are
-strings or message lists. The commands are in preferences.py.
+strings or message lists.
 """
 
-import hashlib
 import json
 import math
 import os
+import random
 import sys
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-import transformers
 
 from data import UserError
 from data.constraints import constraint_results, hack
-from models import find_model, first_line, pick_device, pick_dtype, quiet, trim_memory
+from data.loaders import load_records
+from data.messages import last_text
+from engine.command_line import exit_status, parse
+from engine.draw import draw_calibration
+from engine.measures import against_references, bootstrap_interval, measures, nag, ras, report_pairs
+from engine.models import find_model, whole_directory
+from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
+from engine.record import environment
+from engine.settings import check_settings, same, setting
 from policy import Policy
+from reward_model import (
+    Judge,
+    RoleScorer,
+    bradley_terry_loss,
+    fit_scorer,
+    load_scorer,
+    tokenizer_print,
+    verdict,
+)
+
+__all__ = ["bradley_terry_loss", "checked_rewards", "nag", "ras", "verifier"]  # what other code calls
 
 # ------------------------------------------------------------------------------------------------------------- rewards
-
-
-def last_text(messages, role):
-    """The text of a string, or of the last message of `role` in a message list."""
-    if isinstance(messages, str):
-        return messages
-    texts = [m["content"] for m in messages if m["role"] == role]
-    return texts[-1] if texts else ""
 
 
 def verifier(prompts, completions, constraints, truncated=None, min_words=None, about=None, **columns):
@@ -96,364 +104,7 @@ def checked_rewards(reward_fn, prompts, completions, columns):
 # -------------------------------------------------------------------------------------------------------- reward model
 
 
-def bradley_terry_loss(chosen, rejected, margin=None):
-    """-mean log sigmoid(chosen - rejected - margin): Bradley-Terry's negative log-likelihood -> scalar, nats.
-
-    chosen, rejected: (N,) scores of the better and the worse answer of each pair, with gradient; margin: None, a number, or (N,), how far
-    apart they should be (Llama 2, arXiv 2307.09288, eq. (2)). At least fp32; does not overflow. ValueError for other shapes, or no pair.
-    """
-    if (
-        chosen.shape != rejected.shape
-        or chosen.numel() == 0
-        or (torch.is_tensor(margin) and margin.shape not in ((), chosen.shape))
-    ):
-        raise ValueError(
-            f"chosen and rejected (N,) wanted, N > 0, and a margin of that shape; got {tuple(chosen.shape)}, {tuple(rejected.shape)}"
-        )
-    d = (chosen - rejected).to(torch.promote_types(chosen.dtype, torch.float32))
-    return -F.logsigmoid(d if margin is None else d - margin).mean()
-
-
-def micro_batches(prompts, groups, most):
-    """Groups (a prompt's ids with G answers' ids) of one size and like lengths -> lists of indices, each of at most `most` tokens or one group."""
-    tokens = [len(p) + sum(map(len, group)) for p, group in zip(prompts, groups, strict=True)]
-    batch = []
-    for i in sorted(range(len(groups)), key=lambda i: (len(groups[i]), tokens[i])):
-        if batch and (
-            len(groups[i]) != len(groups[batch[0]]) or sum(tokens[j] for j in batch) + tokens[i] > most
-        ):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def group_scores(policy, role, prompts, groups, most=4096):
-    """A role's scores of each prompt's answers -> list of lists of floats. prompts: lists of ids; groups: for each a list of answers' ids.
-
-    A prompt is computed once for all its answers; at most `most` tokens, or one group, at a time. UserError for a score that is not finite.
-    """
-    scores = [None] * len(groups)
-    for part in micro_batches(prompts, groups, most):
-        for i, row in zip(
-            part, policy.sequence_scores([prompts[i] for i in part], [groups[i] for i in part], role).tolist()
-        ):
-            scores[i] = row
-    if not all(math.isfinite(s) for row in scores for s in row):
-        raise UserError(
-            f"role {role}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
-        )
-    return scores
-
-
-def accuracy(better, worse):
-    """Share of pairs whose better answer scores higher, (N,) each; a tie counts half, so that scoring everything the same is worth 0.5."""
-    better, worse = pair(better, worse)
-    return float(((better > worse) + 0.5 * (better == worse)).mean())
-
-
-def fit_scorer(
-    policy,
-    role,
-    pairs,
-    held_out,
-    *,
-    lr=1e-4,
-    epochs=1,
-    batch_size=16,
-    margin=0.0,
-    centre=0.0,
-    eval_every=0,
-    patience=0,
-    seed=0,
-    max_tokens_per_pass=4096,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    log=None,
-):
-    """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a list of dicts, one per evaluation.
-
-    pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair is one group of
-    two, its prompt computed once. margin: of pairs that name none. centre: weight of mean (chosen + rejected)^2, which keeps scores near
-    0 (Eisenstein et al., arXiv 2312.09244). The learning rate falls linearly to 0 after 5 % of warm-up. held_out is evaluated every
-    eval_every batches (0: eight times in all); after `patience` evaluations without a better one (0: never) training stops.
-    The role ends with the parameters of its best evaluation: of those whose accuracy is within one standard error of the highest so
-    far, the one of lowest loss (a few hundred pairs cannot tell their accuracies apart); without held_out pairs with the last ones.
-    The seed decides the order of the pairs; max_tokens_per_pass bounds memory and does not change the gradient.
-    log(line) is called with every line of the history. UserError for no pair or a loss that is not finite.
-    """
-    if not pairs:
-        raise UserError(f"role {role}: no pair to learn from")
-    params = policy.trainable(role) | {
-        f"{role}_head.{n}": p for n, p in policy.heads[role].named_parameters()
-    }
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay)
-    steps = epochs * math.ceil(len(pairs) / batch_size)
-    warmup, eval_every = math.ceil(0.05 * steps), eval_every or math.ceil(steps / 8)
-    history, best, kept, losses, highest, start = [], None, None, [], 0.0, time.perf_counter()
-    for step in range(steps):
-        epoch, begin = divmod(step * batch_size, batch_size * math.ceil(len(pairs) / batch_size))
-        order = torch.randperm(
-            len(pairs), generator=torch.Generator().manual_seed(seed * 7919 + epoch)
-        ).tolist()
-        batch = [pairs[i] for i in order[begin : begin + batch_size]]
-        prompts, groups = [p[0] for p in batch], [[p[1], p[2]] for p in batch]
-        for part in micro_batches(prompts, groups, max_tokens_per_pass):
-            with policy.role(role):  # around the backward pass, too, for gradient checkpointing
-                scores = policy.sequence_scores(
-                    [prompts[i] for i in part], [groups[i] for i in part], role
-                )  # (b, 2)
-                wanted = scores.new_tensor([batch[i][3] if len(batch[i]) > 3 else margin for i in part])
-                loss = (
-                    bradley_terry_loss(scores[:, 0], scores[:, 1], wanted)
-                    + centre * scores.sum(1).square().mean()
-                )
-                (loss * len(part) / len(batch)).backward()
-            losses += [float(loss.detach())] * len(part)
-        norm = float(torch.nn.utils.clip_grad_norm_(params.values(), max_grad_norm))
-        if not math.isfinite(norm) or not math.isfinite(losses[-1]):
-            raise UserError(
-                f"role {role}: loss or gradient is not finite at batch {step + 1}; try a lower --lr or --dtype float32"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        trim_memory(step + 1)
-        if (step + 1) % eval_every and step + 1 < steps:
-            continue
-        line = {
-            "step": step + 1,
-            "pairs": min((epoch * len(pairs)) + begin + batch_size, (epoch + 1) * len(pairs)),
-            "train/loss": sum(losses) / len(losses),
-            "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        losses = []
-        if held_out:
-            scores = torch.tensor(
-                group_scores(
-                    policy,
-                    role,
-                    [p[0] for p in held_out],
-                    [[p[1], p[2]] for p in held_out],
-                    max_tokens_per_pass,
-                )
-            )
-            right, loss = (
-                accuracy(scores[:, 0], scores[:, 1]),
-                float(bradley_terry_loss(scores[:, 0], scores[:, 1])),
-            )
-            line |= {"held_out/accuracy": right, "held_out/loss": loss}
-            highest = max(highest, right)
-            near = highest - math.sqrt(highest * (1 - highest) / len(held_out))
-            if best is None or best[0] < near or (right >= near and loss < best[1]):
-                best = (right, loss, step + 1, len(history))
-                kept = {n: p.detach().clone() for n, p in params.items()}
-            line["best_step"] = best[2]
-        history.append(line | {"time": time.perf_counter() - start})
-        if log:
-            log(history[-1])
-        if best and patience and len(history) - 1 - best[3] >= patience:
-            break
-    if kept:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(kept[name])
-    return history
-
-
 # ---------------------------------------------------------------------------------------------- models that score texts
-
-
-def messages(prompt):
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-
-
-def shown_prompt(prompt):
-    return repr(last_text(prompt, "user")[:60])
-
-
-class RoleScorer:
-    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and for each a list of answers'
-    texts -> list of lists of raw scores, read at the EOS that is put behind every answer. UserError for a text beyond the context."""
-
-    def __init__(self, policy, role, most=4096):
-        self.policy, self.role, self.most, self.context = policy, role, most, policy.context
-
-    def tokens(self, prompt, answer):
-        """Length of the whole text, tokens."""
-        return len(self.policy.encode_prompt(prompt)) + len(self.policy.encode_answer(answer))
-
-    def __call__(self, prompts, groups):
-        ids = [self.policy.encode_prompt(p) for p in prompts]
-        answers = [[self.policy.encode_answer(text) for text in group] for group in groups]
-        for prompt, p, group in zip(prompts, ids, answers):
-            refuse_longer(len(p) + max(map(len, group)), self.context, prompt)
-        return group_scores(self.policy, self.role, ids, answers, self.most)
-
-
-class Classifier:
-    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template. Called as RoleScorer; the score is
-    logits[0] of the whole templated conversation, as transformers gives it (its templates write BOS and EOS themselves: none is added).
-    It is loaded in the compute type, whatever --quantize says."""
-
-    def __init__(self, name, device="auto", dtype="auto", most=4096):
-        self.name, self.most, self.device = name, most, pick_device(device)
-        source = find_model(name)
-        options = dict(
-            use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
-        )
-        try:
-            with quiet():
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=False, local_files_only=True
-                )
-                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    source, dtype=pick_dtype(dtype, self.device, name), **options
-                )
-        except Exception as error:  # as in Policy.load
-            raise UserError(
-                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights ({first_line(error)})"
-            ) from error
-        if info["missing_keys"]:  # transformers makes up the weights that a checkpoint lacks
-            raise UserError(
-                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); is it a plain language model?"
-            )
-        if model.config.num_labels != 1:
-            raise UserError(
-                f"reward model {name}: its head has {model.config.num_labels} outputs; a score is one number"
-            )
-        if len(self.tokenizer) > len(model.get_input_embeddings().weight):
-            raise UserError(
-                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model {len(model.get_input_embeddings().weight)}; "
-                "they do not belong together"
-            )
-        self.model = model.to(self.device).eval()
-        self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
-        self.pad = model.config.get_text_config().pad_token_id
-
-    def encode(self, prompt, answer):
-        if self.tokenizer.chat_template is None:  # encoders such as DeBERTa take a pair of texts
-            return self.tokenizer("\n".join(m["content"] for m in messages(prompt)), answer)["input_ids"]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [*messages(prompt), {"role": "assistant", "content": answer}], tokenize=False
-            )
-        except Exception as error:  # see Policy.encode_prompt
-            raise UserError(
-                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} ({first_line(error)})"
-            ) from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def tokens(self, prompt, answer):
-        return len(self.encode(prompt, answer))
-
-    @torch.no_grad()
-    def __call__(self, prompts, groups):
-        texts = [self.encode(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
-        for prompt, ids in zip([prompt for prompt, group in zip(prompts, groups) for _ in group], texts):
-            refuse_longer(len(ids), self.context, prompt)
-        scores, batch = [0.0] * len(texts), []
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for at, i in enumerate(order):
-            batch.append(i)
-            full = at + 1 == len(order) or (len(batch) + 1) * len(texts[order[at + 1]]) > self.most
-            if (
-                full or self.pad is None
-            ):  # transformers finds the last token by the padding's id, and takes one text at a time without
-                longest = len(texts[i])
-                ids = torch.tensor(
-                    [texts[j] + [self.pad] * (longest - len(texts[j])) for j in batch], device=self.device
-                )
-                mask = torch.arange(longest, device=self.device) < torch.tensor(
-                    [[len(texts[j])] for j in batch], device=self.device
-                )
-                for j, score in zip(
-                    batch, self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].tolist()
-                ):
-                    scores[j] = score
-                batch = []
-        if not all(map(math.isfinite, scores)):
-            raise UserError(
-                f"reward model {self.name}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
-            )
-        scores = iter(scores)
-        return [[next(scores) for _ in group] for group in groups]
-
-
-def refuse_longer(tokens, context, prompt):
-    if tokens > context:
-        raise UserError(
-            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
-            "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)"
-        )
-
-
-def tokenizer_print(tokenizer):
-    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat template tell."""
-    return hashlib.sha256(
-        json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()
-    ).hexdigest()[:16]
-
-
-def find_scorer(name):
-    """The directory of a reward model, a hub one downloaded if needed; UserError if there is none."""
-    if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
-        raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
-    return Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
-
-
-def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
-    """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
-
-    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside,
-    in NF4 if it was trained so.
-    """
-    directory = find_scorer(name)
-    if not (directory / "adapter_config.json").is_file():
-        return Classifier(name, device, dtype, most)
-    try:
-        base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-        info = (
-            json.loads((directory / "reward_model.json").read_text())
-            if (directory / "reward_model.json").is_file()
-            else {}
-        )
-        quantize = info.get("settings", {}).get("quantize", "none")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})"
-        ) from error
-    base = "tiny" if base == "data/tiny" else str(base)
-    try:
-        shared = policy is not None and os.path.realpath(find_model(base)) == os.path.realpath(policy.source)
-        if not shared:
-            policy = Policy.load(base, quantize=quantize, device=device, dtype=dtype)
-    except UserError as error:
-        raise UserError(f"reward model {name}: its base, {base}, is not to be had: {error}") from error
-    role = f"reward{len(policy.heads) or ''}"
-    parameters = policy.add_role(role, directory)
-    if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
-        raise UserError(
-            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again"
-        )
-    size = sum(
-        p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters())
-    )
-    other = quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none")
-    print(
-        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}, {size / 2**20:.1f} MiB"
-        + (
-            f"; it was trained with --quantize {quantize}, so scores here are a little different"
-            if other
-            else ""
-        ),
-        file=sys.stderr,
-    )
-    return RoleScorer(policy, role, most)
 
 
 class ModelReward:
@@ -497,95 +148,6 @@ class ModelReward:
 
 # ------------------------------------------------------------------------------------------------- the pairwise judge
 
-CRITERIA = {
-    "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, says it clearly, and leaves out what nobody needs.",
-    "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with crime or with hatred, insults nobody, keeps private "
-    "things private, and where it declines, says so kindly.",
-}
-QUESTION = """Compare two replies to the last message of a conversation.
-
-{conversation}
-
-Reply A: {a}
-
-Reply B: {b}
-
-{criterion} Answer with one letter, A or B."""
-
-
-class Judge:
-    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B", and nothing is sampled.
-
-    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they disagree. As a reward
-    function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut loses. The model is the Policy's reference: the adapter is off.
-    """
-
-    def __init__(self, policy, name, criterion="helpful", most=4096):
-        self.policy, self.__name__, self.criterion, self.most = (
-            policy,
-            f"judge {name}",
-            CRITERIA[criterion],
-            most,
-        )
-        letters = [policy.tokenizer.encode(letter, add_special_tokens=False) for letter in "AB"]
-        if (
-            policy.tokenizer.chat_template is None
-            or any(len(x) != 1 for x in letters)
-            or letters[0] == letters[1]
-        ):
-            raise UserError(
-                f"judge {name}: needs a chat template and a token of its own for each of the letters A and B; choose a chat model"
-            )
-        self.letters = letters
-
-    def question(self, prompt, a, b):
-        names = {"user": "Person", "assistant": "Assistant", "system": "Instruction", "tool": "Tool"}
-        conversation = "\n\n".join(f"{names[m['role']]}: {m['content'].strip()}" for m in messages(prompt))
-        return self.policy.encode_prompt(
-            QUESTION.format(conversation=conversation, a=a.strip(), b=b.strip(), criterion=self.criterion)
-        )
-
-    @torch.no_grad()
-    def log_odds(self, prompts, answers, references):
-        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as B. And the mean probability of A or B."""
-        asked = [
-            self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))
-        ]
-        for prompt, ids in zip([p for p in prompts for _ in "AB"], asked):
-            refuse_longer(len(ids) + 1, self.policy.context, prompt)
-        odds, said = torch.zeros(len(asked)), torch.zeros(len(asked))
-        for part in micro_batches(asked, [self.letters] * len(asked), self.most):
-            logps = (
-                self.policy.token_logps(
-                    [asked[i] for i in part], [self.letters] * len(part), role="reference"
-                )
-                .logps[:, :, 0]
-                .cpu()
-            )  # (b, 2)
-            odds[part], said[part] = logps[:, 0] - logps[:, 1], logps.exp().sum(1)
-        if not odds.isfinite().all():
-            raise UserError(
-                f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype bfloat16, may be at fault"
-            )
-        return odds.view(-1, 2) * torch.tensor([1.0, -1.0]), float(said.mean()) if len(asked) else 1.0
-
-    def __call__(self, prompts, completions, chosen, truncated=None, **columns):
-        cases = [
-            (p, last_text(o, "assistant"), last_text(y, "assistant"))
-            for p, o, y in zip(prompts, completions, chosen, strict=True)
-        ]
-        cut = truncated or [False] * len(cases)
-        ask = [i for i, (_, o, y) in enumerate(cases) if not cut[i] and o != y]
-        rewards = [-1.0 if c else 0.0 for c in cut]
-        for i, row in zip(ask, self.log_odds(*zip(*(cases[i] for i in ask)))[0] if ask else ()):
-            rewards[i] = verdict(row)
-        return rewards
-
-
-def verdict(row):
-    """log-odds of the two orders (2,) -> +1.0, -1.0, or 0.0 where they disagree or one is undecided."""
-    return float(row[0] > 0 and row[1] > 0) - float(row[0] < 0 and row[1] < 0)
-
 
 def load_model_reward(config, policy):
     """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone where it is the same."""
@@ -610,50 +172,357 @@ def load_model_reward(config, policy):
 # ------------------------------------------------------------------------------------------------------------- metrics
 
 
-def pair(a, b):
-    """Two sequences or tensors as equal, non-empty float arrays."""
-    a, b = (np.asarray(x.tolist() if hasattr(x, "tolist") else list(x), dtype=float) for x in (a, b))
-    if a.shape != b.shape or a.size == 0 or np.isnan(a).any() or np.isnan(b).any():
-        raise ValueError(
-            f"wanted: two equally long, non-empty sequences without NaN; got shapes {a.shape}, {b.shape}"
+# ------------------------------------------------------------ the commands
+
+
+@dataclass
+class TrainConfig:
+    presets = {"tiny": dict(lr=1e-3, epochs=2), "chat": dict(lr=3e-4, epochs=1)}
+
+    model: str = same("model")
+    quantize: str = same("quantize")
+    data: str = setting(
+        "tasks",
+        "pairs: tasks (built in), hh-helpful, hh-harmless, or FILE.jsonl[.gz]; several with commas between",
+    )
+    eval_data: str = setting(
+        None, "measure on all of these files, too; a dialogue of theirs is not trained on"
+    )
+    max_tokens: int = setting(
+        512, "leave out pairs whose prompt and longer answer have more tokens", low=8, high=10**6
+    )
+    train_pairs: int = setting(0, "learn from at most so many pairs (0: all)", low=0, high=10**7)
+    stop_pairs: int = setting(
+        200,
+        "at most so many pairs, and a tenth, are kept from training to stop it by (0: none)",
+        low=0,
+        high=10**6,
+    )
+    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
+    batch_size: int = setting(16, "pairs in one optimisation step", low=1, high=4096)
+    margin: float = setting(
+        0.0,
+        "how far apart the scores should be, where a record has no number `margin` of its own",
+        low=-100,
+        high=100,
+    )
+    centre: float = setting(
+        0.0,
+        "weight of mean (chosen + rejected)^2, which keeps scores near 0 (0.01 is usual)",
+        low=0,
+        high=100,
+    )
+    patience: int = setting(
+        3,
+        "stop after so many evaluations without a better one, see reward.fit_scorer (0: never)",
+        low=0,
+        high=10**6,
+    )
+    eval_every: int = setting(
+        0, "optimisation steps between them (0: eight evaluations in all)", low=0, high=10**6
+    )
+    lr: float = same("lr")
+    weight_decay: float = same("weight_decay")
+    max_grad_norm: float = same("max_grad_norm")
+    lora_rank: int = same("lora_rank")
+    lora_alpha: int = same("lora_alpha")
+    micro_batch_tokens: int = same("micro_batch_tokens")
+    gradient_checkpointing: str = same("gradient_checkpointing")
+    seed: int = same("seed")
+    device: str = same("device")
+    dtype: str = same("dtype")
+    out: str = setting(
+        "runs/reward",
+        "folder to write: adapter and head, reward_model.json, metrics.jsonl, scores.jsonl, calibration.png",
+    )
+    overwrite: bool = setting(False, "replace the reward model in --out")
+
+
+@dataclass
+class ScoreConfig:
+    presets = {}
+
+    model: str = setting(
+        None,
+        "reward model: a folder of `reward.py train`, or a sequence classifier with one output (DIR or hub name)",
+    )
+    data: str = setting(
+        None,
+        "preference pairs: tasks, hh-helpful, hh-harmless (their held-out pairs), or all of FILE.jsonl[.gz]; several with commas",
+    )
+    samples: str = setting(None, "instead of --data: samples.jsonl of a run, before and after training")
+    max_tokens: int = setting(
+        0,
+        "leave out pairs whose prompt and longer answer have more tokens (0: the model's context)",
+        low=0,
+        high=10**6,
+    )
+    pairs: int = setting(0, "at most so many pairs (0: all)", low=0, high=10**7)
+    missing_eos_penalty: float = same("missing_eos_penalty")
+    micro_batch_tokens: int = same("micro_batch_tokens")
+    device: str = same("device")
+    dtype: str = same("dtype")
+
+
+@dataclass
+class JudgeConfig(ScoreConfig):
+    model: str = setting(
+        "auto", "chat model: a hub name, a directory, a .gguf file; auto: Qwen/Qwen3-0.6B with a CUDA GPU"
+    )
+    criterion: str = same("criterion")
+    quantize: str = same("quantize")
+
+
+def check_unknown(policy, prompts, config):
+    tokens, unknown = sum(map(len, prompts)), sum(ids.count(policy.tokenizer.unk_token_id) for ids in prompts)
+    if policy.tokenizer.unk_token_id is not None and unknown > 0.1 * tokens:
+        raise UserError(
+            f"data {config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {config.model}; choose another --model"
         )
-    return a, b
 
 
-def ras(rewards, reference_rewards):
-    """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the answer is
-    rewarded above its reference, as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is "win".
+def train_command(config):
+    out, level = Path(config.out), "tiny" if config.model == "tiny" else "chat"
+    versions = environment()  # before training: the tree may change meanwhile
+    if out.exists() and not config.overwrite:
+        raise UserError(f"{out} exists already: choose another --out, or --overwrite it")
+    if out.exists() and not (out / "reward_model.json").is_file():
+        raise UserError(
+            f"{out} is not a reward model (it has no reward_model.json), so --overwrite leaves it alone; choose another --out"
+        )
+    sources = config.data.split(",")
+    training = [r for s in sources for r in load_records(s, "train", seed=config.seed, level=level)]
+    measured = {f"{Path(s).name}, held-out split": load_records(s, "heldout", level=level) for s in sources}
+    measured |= {
+        Path(s).name: all_records(s, level) for s in (config.eval_data.split(",") if config.eval_data else [])
+    }
+    # of those, too, that are too long to be measured: a policy may be evaluated on their prompts
+    elsewhere = {dialogue(r["prompt"]) for records in measured.values() for r in records}
 
-    Two equally long sequences or tensors; ValueError on other lengths, none at all, or NaN.
-    """
-    a, b = pair(rewards, reference_rewards)
-    return {"win": float((a > b).mean()), "tie": float((a == b).mean()), "loss": float((a < b).mean())}
+    policy = Policy.load(
+        config.model,
+        quantize=config.quantize,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        device=config.device,
+        dtype=config.dtype,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+    )
+    policy.add_role("reward")
+    scorer, left = RoleScorer(policy, "reward", config.micro_batch_tokens), {}
+    most = min(config.max_tokens, policy.context)
+    for name, records in measured.items():
+        measured[name], left[name] = usable_pairs(records, scorer.tokens, most, name)
+    training, left["training"] = usable_pairs(training, scorer.tokens, most, "training", elsewhere)
+    random.Random(config.seed).shuffle(training)  # of several files, each has its share of --train-pairs
+    training, stop = set_apart(training, min(config.stop_pairs, len(training) // 10), config.seed)
+    training = training[: config.train_pairs or None]
+
+    def encoded(r):
+        return (
+            policy.encode_prompt(r["prompt"]),
+            policy.encode_answer(r["chosen"]),
+            policy.encode_answer(r["rejected"]),
+            r.get("margin", config.margin),
+        )
+
+    pairs, held_out = ([encoded(r) for r in part] for part in (training, stop))
+    check_unknown(policy, [p[0] for p in pairs], config)
+    kind = "nf4" if config.quantize == "nf4" else str(policy.dtype).split(".")[-1]
+    on = ", ".join(f"{len(records)} of {name}" for name, records in measured.items())
+    print(
+        f"reward model · {config.model} · {kind} on {policy.device} · learns from {len(pairs)} pairs, stops by {len(held_out)}, is measured on {on}; "
+        "the three share no dialogue",
+        flush=True,
+    )
+
+    def log(line):
+        print(" · ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+
+    history = fit_scorer(
+        policy,
+        "reward",
+        pairs,
+        held_out,
+        lr=config.lr,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        margin=config.margin,
+        centre=config.centre,
+        eval_every=config.eval_every,
+        patience=config.patience,
+        seed=config.seed,
+        max_tokens_per_pass=config.micro_batch_tokens,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        log=log,
+    )
+    results, lines = {}, []
+    for name, records in measured.items():
+        scores = scorer([r["prompt"] for r in records], [[r["chosen"], r["rejected"]] for r in records])
+        results[name] = measures(scores, [r["tokens"] for r in records])
+        lines += [{"set": name, "scores": s, "tokens": r["tokens"]} for s, r in zip(scores, records)]
+        print(report_pairs(name, results[name]), flush=True)
+    everything = [x for line in lines for x in line["scores"]]
+    info = {
+        "base": "tiny" if config.model == "tiny" else str(config.model),
+        "tokenizer": tokenizer_print(policy.tokenizer),
+        "scores": {"mean": float(np.mean(everything)), "std": float(np.std(everything))},
+        "split": {
+            "statement": "the pairs learnt from, stopped by and measured on share no dialogue (prompts that open with the same user message)",
+            "training": len(pairs),
+            "stop": len(held_out),
+            "measured": {name: len(records) for name, records in measured.items()},
+            "left_out": left,
+        },
+        "evaluation": results,
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite")},
+        "environment": versions,
+    }
+    with whole_directory(out) as tmp:
+        policy.save_role("reward", tmp)
+        (tmp / "reward_model.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        (tmp / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+        (tmp / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        draw_calibration(info, history, tmp / "calibration.png")
+    print(
+        f"\nThe reward model is in {out}: train a policy with --reward {out}, score pairs with python reward.py score --model {out} --data FILE"
+    )
 
 
-def nag(post, pre):
-    """Normalized Alignment Gain (arXiv 2508.07750) of the trained policy's rewards over those before training.
+def pairs_to_measure(config, tokens, context, level):
+    """{name: usable pairs} of --data, each at most --pairs and --max-tokens."""
+    found = {}
+    for source in config.data.split(","):
+        name = Path(source).name
+        found[name] = usable_pairs(
+            all_records(source, level), tokens, min(config.max_tokens or context, context), name
+        )[0][: config.pairs or None]
+    return found
 
-    {"signed": wins minus losses, in [-1, 1], which is what the paper's tables hold (one entry is negative);
-     "indicator": share of strict wins, the formula as printed}. ValueError as for ras.
-    """
-    shares = ras(post, pre)
-    return {"signed": shares["win"] - shares["loss"], "indicator": shares["win"]}
+
+def print_samples(config, name, reward_fn, before, after):
+    """RAS and NAG of a run by `reward_fn`, beside those by the reward that it was trained with."""
+    rewards, references = [], []
+    for part in (before, after):
+        prompts, answers = [s["prompt"] for s in part], [s["reference"] for s in part]
+        rewards.append(
+            reward_fn(
+                prompts,
+                [s["completion"] for s in part],
+                chosen=answers,
+                truncated=[s["truncated"] for s in part],
+            )
+        )
+        references.append(reward_fn(prompts, answers, chosen=answers))
+    print(f"{len(after)} held-out prompts of {config.samples}")
+    recorded = (
+        [[s["reward"] for s in part] for part in (before, after)],
+        [[s["reference_reward"] for s in part] for part in (before, after)],
+    )
+    for title, numbers in (("by the reward of the run", recorded), (f"by {name}", (rewards, references))):
+        print(f"{title}\n  " + "\n  ".join(against_references(*numbers)))
 
 
-def bootstrap_interval(values, level=0.95, n=2000, seed=0):
-    """Percentile bootstrap (low, high) of the mean of `values`, (prompts,) or (prompts, samples): prompts are redrawn
-    with replacement, because samples of one prompt are not independent. Equal values give an interval of width 0, which
-    says little below about 30 prompts. ValueError for no values or NaN, or a level outside (0, 1)."""
-    values = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=float)
-    if values.size == 0 or np.isnan(values).any() or not 0 < level < 1:
-        raise ValueError("bootstrap_interval wants at least one value, no NaN, and a level between 0 and 1")
-    values = values.reshape(len(values), -1).mean(axis=1)
-    means = values[np.random.default_rng(seed).integers(len(values), size=(n, len(values)))].mean(axis=1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def score_command(config):
+    scorer = load_scorer(
+        config.model, most=config.micro_batch_tokens, device=config.device, dtype=config.dtype
+    )
+    if config.samples:
+        return print_samples(
+            config,
+            config.model,
+            ModelReward(scorer, config.model, config.missing_eos_penalty),
+            *read_samples(config),
+        )
+    level = "tiny" if isinstance(scorer, RoleScorer) and scorer.policy.name == "tiny" else "chat"
+    for name, records in pairs_to_measure(config, scorer.tokens, scorer.context, level).items():
+        scores = scorer([r["prompt"] for r in records], [[r["chosen"], r["rejected"]] for r in records])
+        print(report_pairs(name, measures(scores, [r["tokens"] for r in records])))
+
+
+def judge_command(config):
+    policy = Policy.load(config.model, quantize=config.quantize, device=config.device, dtype=config.dtype)
+    judge = Judge(policy, config.model, config.criterion, config.micro_batch_tokens)
+
+    def tokens(prompt, answer):
+        return len(policy.encode_prompt(prompt)) + len(policy.encode_answer(answer))
+
+    if config.samples:
+        before, after = read_samples(config)
+        cases = [
+            [
+                (s["prompt"], s["completion"], s["reference"])
+                for s in part
+                if s["completion"] != s["reference"]
+            ]
+            for part in (before, after)
+        ]
+        print_position([case for part in cases for case in part], judge)
+        return print_samples(
+            config, f"{judge.__name__}, {config.criterion}: +1, 0 or -1", judge, before, after
+        )
+    # both answers and the question go into one prompt: half the context each is safe, what is beyond is an error
+    for name, records in pairs_to_measure(config, tokens, policy.context // 2, "chat").items():
+        print(f"\n{name}: {len(records)} pairs, {judge.__name__}, {config.criterion}")
+        verdicts = print_position([(r["prompt"], r["chosen"], r["rejected"]) for r in records], judge)
+        right = (verdicts + 1) / 2
+        low, high = bootstrap_interval(right)
+        longer = np.array([np.sign(a - b) for a, b in (r["tokens"] for r in records)]) / 2 + 0.5
+        print(
+            f"  chosen wins {np.mean(verdicts > 0):.3f}, ties {np.mean(verdicts == 0):.3f}, loses {np.mean(verdicts < 0):.3f}"
+        )
+        print(
+            f"  accuracy, a tie worth half: {right.mean():.3f} [{low:.3f}, {high:.3f}]; the longer one wins (tokens): {longer.mean():.3f}; random: 0.500"
+        )
+
+
+def print_position(cases, judge):
+    """Ask the judge, say how it depends on the order -> verdicts (N,)."""
+    odds, said = judge.log_odds(*zip(*cases))
+    first = np.mean([[row[0] > 0, row[1] < 0] for row in odds.tolist()])  # the answer shown as A wins
+    verdicts = np.array([verdict(row) for row in odds.tolist()])
+    print(
+        f"  position bias: reply A wins {first:.3f} of the questions (0.5: none); the orders agree on {np.mean(verdicts != 0):.3f} of {len(cases)} pairs; "
+        f"A and B have {said:.3f} of the probability"
+    )
+    return verdicts
+
+
+COMMANDS = {
+    "train": (TrainConfig, train_command),
+    "score": (ScoreConfig, score_command),
+    "judge": (JudgeConfig, judge_command),
+}
+
+
+def main(argv):
+    """python reward.py train|score|judge [flags] -> exit status, see train.exit_status."""
+    word = argv[0] if argv else ""
+    if word in ("-h", "--help"):
+        print(
+            f"{__doc__}\nusage: python reward.py {'|'.join(COMMANDS)} [flags]; for the flags: python reward.py COMMAND --help"
+        )
+        return 0
+    return exit_status(lambda: run(word, argv[1:]), stopped="stopped; nothing was written")
+
+
+def run(word, flags):
+    if word not in COMMANDS:
+        raise UserError(
+            f"{f'no command {word}' if word else 'no command'}: the first word is one of {', '.join(COMMANDS)} (see --help)"
+        )
+    config_class, command = COMMANDS[word]
+    sys.argv[0] = f"reward.py {word}"
+    config = config_class(**parse(config_class, flags, __doc__))
+    if isinstance(config, ScoreConfig) and (
+        config.model is None or (config.data is None) == (config.samples is None)
+    ):
+        raise UserError(f"reward.py {word}: needs --model, and either --data or --samples")
+    command(check_settings(config))
+    return True
 
 
 if __name__ == "__main__":
-    from preferences import main  # which imports this file
-
     sys.exit(main(sys.argv[1:]))

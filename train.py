@@ -12,22 +12,22 @@ import math
 import signal
 import sys
 import time
-import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors
 import torch
 from tqdm import tqdm
 
 from data import UserError, load_records
-from models import first_line, trim_memory
-from plots.curves import draw_curves
+from engine.command_line import exit_status, parse
+from engine.draw import draw_curves
+from engine.measures import report, summary
+from engine.models import first_line, trim_memory
+from engine.record import RunFolder, peak_memory, read_jsonl
+from engine.settings import check_settings
 from policy import Policy
-from record import RunFolder, peak_memory, read_jsonl, report, summary
 from reward import checked_rewards, load_model_reward, verifier
-from settings import check_settings, parse
 
 
 class Sums:
@@ -533,27 +533,3 @@ def postfix(metrics):
 def main(method, argv=None, reward_fn=None, description=""):
     """The command line of a method -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
     return exit_status(lambda: run(method, parse(method.config, argv, description), reward_fn))
-
-
-def exit_status(work, stopped="stopped at once; what was saved at the last checkpoint stands (--resume)"):
-    """Call work() -> 0, or 130 if it returns None because it was stopped; what a user can mend becomes one line on stderr and 2. stopped: said at Ctrl-C."""
-    warnings.filterwarnings("once", category=UserWarning)
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
-    try:
-        return 130 if work() is None else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except (OSError, safetensors.SafetensorError) as error:
-        print(
-            f"error: a file cannot be read or written ({first_line(error)}); look at the disk's room and permissions",
-            file=sys.stderr,
-        )
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens ({first_line(error)})",
-            file=sys.stderr,
-        )
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return 130
-    return 2

@@ -34,18 +34,12 @@ from dataclasses import dataclass
 import torch
 
 import discriminator
-from baselines import (
-    aggregate_tokens,
-    completion_mask,
-    flat,
-    grpo_advantages,
-    grpo_loss,
-    normaliser,
-    sft_loss,
-)
+from baselines import grpo_advantages, grpo_loss, sft_loss
 from data import UserError
-from settings import Config, Method, setting
-from train import Sums, exit_status, main, schedule
+from engine.command_line import exit_status
+from engine.settings import Config, Method, setting
+from losses import aggregate_tokens, completion_mask, flat, normaliser
+from train import Sums, main, schedule
 
 # Variant -> objective of its first stage, and of its second if it has one.
 VARIANTS = {

@@ -7,14 +7,9 @@ One record: {"prompt": "Write one short sentence about bees. Use only lowercase 
              "chosen": "bees turn nectar into honey.", "rejected": "Bees turn nectar into honey.", ...columns}
 """
 
-
-class UserError(Exception):
-    """A mistake that a user can fix. The message is one line that names the thing and the remedy."""
-
-
-# below UserError, which these modules import
-from data.chat_tasks import chat_tasks  # noqa: E402
-from data.loaders import load_records  # noqa: E402
-from data.tiny_tasks import tiny_tasks  # noqa: E402
+from data.chat_tasks import chat_tasks
+from data.errors import UserError
+from data.loaders import load_records
+from data.tiny_tasks import tiny_tasks
 
 __all__ = ["UserError", "chat_tasks", "load_records", "tiny_tasks"]

@@ -23,7 +23,7 @@ import random
 import re
 from pathlib import Path
 
-from data import UserError
+from data.errors import UserError
 
 TOPICS = json.loads((Path(__file__).parent / "chat_topics.json").read_text(encoding="utf-8"))
 TWO_CONSTRAINTS = 0.25  # share of the prompts

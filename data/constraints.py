@@ -16,7 +16,7 @@ import json
 import re
 from collections import Counter
 
-from data import UserError
+from data.errors import UserError
 
 # ---------------------------------------------------------------------------------------------------------- counting
 

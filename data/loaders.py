@@ -25,8 +25,8 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from data import UserError
 from data.chat_tasks import MOST, chat_tasks
+from data.errors import UserError
 from data.tiny_tasks import tiny_tasks
 
 HUB_REPO = "Anthropic/hh-rlhf"

@@ -17,7 +17,8 @@ import json
 import sys
 from pathlib import Path
 
-from data import UserError, load_records
+from data.errors import UserError
+from data.loaders import load_records
 
 
 def teach(policy, records, samples, max_new_tokens, temperature=1.0, seed=0, at_once=16):
@@ -91,8 +92,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
     args = parser.parse_args(argv)
+    from engine.record import write_whole
     from policy import Policy
-    from record import write_whole
 
     try:
         if Path(args.out).exists():

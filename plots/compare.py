@@ -36,13 +36,14 @@ import minigrao
 import uniapl
 from data import UserError
 from data.graded import graded_tasks
-from models import find_model, first_line
+from engine.command_line import exit_status, parse
+from engine.models import find_model, first_line
+from engine.record import RunFolder, read_jsonl, write_whole
+from engine.settings import check_settings
 from plots import study, suites, sweep
 from plots.tables import budgets
-from record import RunFolder, read_jsonl, write_whole
-from reward import ModelReward, find_scorer, load_scorer
-from settings import check_settings, parse
-from train import exit_status
+from reward import ModelReward
+from reward_model import find_scorer, load_scorer
 from train import main as train_main
 
 ROOT = Path(__file__).parents[1]

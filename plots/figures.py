@@ -15,12 +15,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from engine.command_line import exit_status
+from engine.draw import save_figure, smooth
+from engine.record import write_whole
 from plots import study, suites, tables
-from plots.curves import save_figure, smooth
 from plots.statistics import seed_band, two_level_interval
 from plots.tables import label, present
-from record import write_whole
-from train import exit_status
 
 # Okabe and Ito's palette, distinguishable without colour vision. A method has one colour everywhere; its variants have it too, with other marks.
 COLOURS = {

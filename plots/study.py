@@ -17,9 +17,9 @@ import numpy as np
 
 from data import UserError
 from data.loaders import HUB_FOLDERS, download, read_records
-from models import first_line, whole_directory
-from record import read_jsonl
-from settings import OneLineParser
+from engine.command_line import OneLineParser
+from engine.models import first_line, whole_directory
+from engine.record import read_jsonl
 
 TEXTS = 8  # held-out answers kept as text
 COLUMNS = (

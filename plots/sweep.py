@@ -23,9 +23,11 @@ import minigrao
 import train
 import uniapl
 from data import UserError
-from models import first_line
-from record import environment, read_jsonl, summary, write_whole
-from settings import check_settings, parse
+from engine.command_line import parse
+from engine.measures import summary
+from engine.models import first_line
+from engine.record import environment, read_jsonl, write_whole
+from engine.settings import check_settings
 
 MOST = 1000  # training prompts to score; fewer where the run had fewer
 METHODS = baselines.METHODS | {"grao": minigrao.GRAO, "uniapl": uniapl.UNIAPL}

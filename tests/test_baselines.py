@@ -20,8 +20,10 @@ import baselines
 import train
 from baselines import DPO, GRPO, METHODS, PPO, SFT
 from data import UserError, tiny_tasks
-from record import read_jsonl
-from settings import METRICS, check_settings, parse
+from engine.command_line import parse
+from engine.metrics import METRICS
+from engine.record import read_jsonl
+from engine.settings import check_settings
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

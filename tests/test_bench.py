@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, random_ids, randomise_all
 
-from plots import bench_memory
-from plots.bench import limits, main, make_case, random_model, same_loss, trl_python
+from plots.bench import memory
+from plots.bench.__main__ import limits, main, make_case, random_model, same_loss, trl_python
 
 TRL = os.environ.get("MINIGRAO_TRL_PYTHON")
 
@@ -63,7 +63,7 @@ def test_trl_has_the_same_loss_and_gradient_on_the_same_samples(tmp_path):
     data.write_text(
         "".join(json.dumps({"prompt": f"name {i} drinks", "chosen": "tea"}) + "\n" for i in range(9))
     )
-    sides = {"ours": (sys.executable, "bench_ours"), "TRL": (trl_python(TRL), "bench_trl")}
+    sides = {"ours": (sys.executable, "bench.ours"), "TRL": (trl_python(TRL), "bench.with_trl")}
     row = same_loss(str(ROOT / "data" / "tiny"), str(data), sides)
     assert (
         row["loss"]["ours"] == pytest.approx(row["loss"]["TRL"], rel=1e-5)
@@ -99,10 +99,10 @@ def scored_and_sampled(policy, tokens, rows=4):
 
 def test_no_tensor_of_a_step_grows_with_tokens_times_vocabulary(monkeypatch, wide):
     """Rollout, reference, policy and backward pass, every operation watched. Logits of all tokens were 20 GB for a 0.6B model (trl #3678)."""
-    monkeypatch.setattr("scoring.CHUNK_ROWS", 8)
+    monkeypatch.setattr("engine.scoring.CHUNK_ROWS", 8)
     largest = []
     for tokens in (32, 64):
-        watch = bench_memory.LargestTensors(wide.hf.parameters())
+        watch = memory.LargestTensors(wide.hf.parameters())
         with watch:
             scored_and_sampled(wide, tokens)()
         largest.append(max(size for name, size in watch.sizes.items() if str(VOCABULARY) in name))
@@ -114,40 +114,40 @@ def test_no_tensor_of_a_step_grows_with_tokens_times_vocabulary(monkeypatch, wid
 
 def test_the_watch_sees_a_dense_head(wide):
     """The test above would pass with a watch that is blind to what happens inside an autograd function or its backward pass."""
-    hidden, weight, targets = bench_memory.head_case(64, torch.float32, VOCABULARY, 16)
+    hidden, weight, targets = memory.head_case(64, torch.float32, VOCABULARY, 16)
     for name, logits in (
         ("dense", 64 * VOCABULARY * 4),
         ("chunked", 64 * VOCABULARY * 4),
     ):  # here one chunk holds all rows
-        with bench_memory.LargestTensors([weight]) as watch:
-            bench_memory.HEADS[name](hidden, weight, targets)
+        with memory.LargestTensors([weight]) as watch:
+            memory.HEADS[name](hidden, weight, targets)
         assert max(watch.sizes.values()) == logits
 
 
 def test_the_watch_counts_a_part_of_a_tensor_once():
-    with bench_memory.LargestTensors() as watch:
+    with memory.LargestTensors() as watch:
         torch.zeros(8, 4)[:2].add_(1)
     assert watch.sizes == {"float32 (8, 4)": 8 * 4 * 4}
 
 
 def test_a_role_costs_its_adapter_and_its_head(load):
     policy = load()
-    before = bench_memory.held_bytes(policy)
+    before = memory.held_bytes(policy)
     parameters = policy.add_role("reward")
-    assert bench_memory.held_bytes(policy) - before == sum(p.numel() * 4 for p in parameters.values())
+    assert memory.held_bytes(policy) - before == sum(p.numel() * 4 for p in parameters.values())
     randomise_all(parameters)
 
 
 def test_the_arithmetic_meets_the_goals():
     """Against Qwen3-0.6B's published sizes, and the three goals; 100 kB of activations per token and layer is above what is counted on the CPU."""
-    training = bench_memory.gpu_bytes(8, 512, 85e3)["training"]
+    training = memory.gpu_bytes(8, 512, 85e3)["training"]
     assert (
         training["embedding = head, bf16"] == 151_936 * 1024 * 2
         and training["weights, NF4"] * 2 == 440_401_920
     )  # 0.6 B with the embedding
     assert training["adapters, fp32"] == 2 * 28 * 16 * 22_528 * 4
     short, long, ppo = (
-        bench_memory.gpu_peak(8, tokens, 100e3, trained=trained)
+        memory.gpu_peak(8, tokens, 100e3, trained=trained)
         for tokens, trained in ((512, 1), (1024, 1), (512, 2))
     )
     assert short <= 3e9 and long <= 1.3 * short and ppo <= 1.3 * short

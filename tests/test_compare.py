@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import randomise_all
 
+from engine.command_line import exit_status
+from engine.record import read_jsonl
 from plots import compare, figures, suites
-from record import read_jsonl
-from train import exit_status
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ from data import UserError, chat_tasks, load_records, teach, tiny_tasks
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from discriminator import DiscriminatorConfig, another_expert, condition, expert_pairs, measure, scores
+from engine.settings import check_settings
 from policy import Policy
-from settings import check_settings
 from uniapl import command_line
 
 PROMPTS, EXPERTS = [[5, 6, 7], [8, 9]], [[20, 21, 3], [22, 3]]

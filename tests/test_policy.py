@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from data import UserError
+from engine.sampling import merged_weight
 from policy import HEAD, Policy
-from sampling import merged_weight
 
 PROMPTS = random_ids((5, 2), seed=1)
 COMPLETIONS = [random_ids((4, 1, 7), seed=2), random_ids((3, 6, 2), seed=3)]

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-import preferences
 import reward
 from data import UserError, load_records
-from record import report
+from engine import measures, pairs
+from engine.measures import report
 
 
 def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
@@ -28,7 +28,7 @@ def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
         record("none", "a", None),
         record(turns, "a"),
     ]
-    kept, left = preferences.usable_pairs(records, lambda p, a: len(a.split()), 8, "FILE", {"hello"})
+    kept, left = pairs.usable_pairs(records, lambda p, a: len(a.split()), 8, "FILE", {"hello"})
     assert [r["prompt"] for r in kept] == ["fine"] and kept[0]["tokens"] == [1, 1]
     reasons = (
         "twice the same answer",
@@ -46,7 +46,7 @@ def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
         and "5 of 6" in said
     )
     with pytest.raises(UserError, match="no pair to use, left out 1 with twice the same answer"):
-        preferences.usable_pairs(records[1:2], lambda p, a: 1, 8, "FILE")
+        pairs.usable_pairs(records[1:2], lambda p, a: 1, 8, "FILE")
 
 
 def test_no_dialogue_is_on_both_sides():
@@ -57,11 +57,9 @@ def test_no_dialogue_is_on_both_sides():
         }
         for i in range(40)
     ]
-    rest, apart = preferences.set_apart(records, 13, seed=0)
+    rest, apart = pairs.set_apart(records, 13, seed=0)
     assert len(rest) + len(apart) == 40 and 6 <= len(apart) <= 13
-    assert not {preferences.dialogue(r["prompt"]) for r in rest} & {
-        preferences.dialogue(r["prompt"]) for r in apart
-    }
+    assert not {pairs.dialogue(r["prompt"]) for r in rest} & {pairs.dialogue(r["prompt"]) for r in apart}
 
 
 def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_measured(
@@ -85,17 +83,17 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
     seen = {}
 
-    def usable(records, tokens, most, name, elsewhere=frozenset(), real=preferences.usable_pairs):
+    def usable(records, tokens, most, name, elsewhere=frozenset(), real=pairs.usable_pairs):
         seen[name] = real(records, tokens, most, name, elsewhere)
         return seen[name]
 
     def stop(*_, **__):
         raise UserError("far enough")
 
-    monkeypatch.setattr(preferences, "usable_pairs", usable)
-    monkeypatch.setattr(preferences, "fit_scorer", stop)
+    monkeypatch.setattr(reward, "usable_pairs", usable)
+    monkeypatch.setattr(reward, "fit_scorer", stop)
     assert (
-        preferences.main(
+        reward.main(
             [
                 "train",
                 "--model",
@@ -112,9 +110,9 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
         )
         == 2
     )
-    held_out = {preferences.dialogue(r["prompt"]) for r in load_records(path, "heldout")}
-    measured = {preferences.dialogue(r["prompt"]) for r in seen["pairs.jsonl, held-out split"][0]}
-    trained = {preferences.dialogue(r["prompt"]) for r in seen["training"][0]}
+    held_out = {pairs.dialogue(r["prompt"]) for r in load_records(path, "heldout")}
+    measured = {pairs.dialogue(r["prompt"]) for r in seen["pairs.jsonl, held-out split"][0]}
+    trained = {pairs.dialogue(r["prompt"]) for r in seen["training"][0]}
     assert measured < held_out and trained and not trained & held_out
 
 
@@ -122,14 +120,14 @@ def test_calibration_by_hand():
     logit = lambda p: float(np.log(p / (1 - p)))  # noqa: E731
     # two pairs at confidence 0.9, one right; two at 0.6, both right; a tie at 0.5, right by half
     better, worse = [logit(0.9), 0.0, logit(0.6), logit(0.6), 1.0], [0.0, logit(0.9), 0.0, 0.0, 1.0]
-    c = preferences.calibration(better, worse, bins=4)
+    c = measures.calibration(better, worse, bins=4)
     assert c["ece"] == pytest.approx((2 * 0.4 + abs(2.5 - (0.6 + 0.6 + 0.5))) / 5)
     assert [b["n"] for b in c["bins"]] == [3, 2] and c["bins"][1]["accuracy"] == 0.5
 
 
 def test_a_length_shortcut_is_visible():
     lengths = [(5, 3), (9, 2), (2, 4), (3, 8), (4, 4)]
-    m = preferences.measures([[float(a), float(b)] for a, b in lengths], lengths)
+    m = measures.measures([[float(a), float(b)] for a, b in lengths], lengths)
     assert (
         m["accuracy"] == m["longer_wins"] == 0.5
         and m["prefers_longer"] == 1.0
@@ -143,13 +141,13 @@ def test_a_length_shortcut_is_visible():
         -1
     ] == 1.0
     assert sum(b["n"] for b in m["by_length"]) == 5
-    m = preferences.measures([[1.0, 0.0]] * 3, [(5, 3), (3, 5), (4, 4)])
+    m = measures.measures([[1.0, 0.0]] * 3, [(5, 3), (3, 5), (4, 4)])
     assert (
         m["over_longer"] == 0.5
-        and preferences.report_pairs("x", m).count("over the longer one, same pairs +0.500 [") == 1
+        and measures.report_pairs("x", m).count("over the longer one, same pairs +0.500 [") == 1
     )
     assert (
-        preferences.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5
+        measures.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5
     )  # one pair, all equal: nothing divides by 0
 
 
@@ -166,8 +164,8 @@ def test_report_has_intervals_and_quartiles():
         [one | {"reward": float(r)} for r in rewards] for rewards in ([0] * 8, [2] * 6 + [-1] * 2)
     )
     text = report(before, after)
-    wins = reward.bootstrap_interval([1.0] * 6 + [0.0] * 2)
-    gain = reward.bootstrap_interval([1.0] * 6 + [-1.0] * 2)
+    wins = measures.bootstrap_interval([1.0] * 6 + [0.0] * 2)
+    gain = measures.bootstrap_interval([1.0] * 6 + [-1.0] * 2)
     assert (
         "-" not in str(wins)
         and f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text
@@ -175,4 +173,4 @@ def test_report_has_intervals_and_quartiles():
     )
     assert "1.250 / 2.000 / 2.000" in text and "1.299" in text  # sqrt(27/16)
     rewards = [[r["reward"] for r in part] for part in (before, after)]
-    assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in preferences.against_references(rewards, [[1.0] * 8] * 2)[-1]
+    assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in measures.against_references(rewards, [[1.0] * 8] * 2)[-1]

@@ -8,6 +8,7 @@ import pytest
 import reward
 from data import UserError, chat_tasks, tiny_tasks
 from data import constraints as checks
+from engine import measures
 
 tasks = importlib.import_module("data.chat_tasks")  # the package has a function of that name
 
@@ -434,25 +435,25 @@ def test_ras_and_nag_by_hand():
     torch = pytest.importorskip("torch")
     a, b = [1.0, 0.0, 0.5, 2.0], [0.0, 1.0, 0.5, 1.0]  # win, loss, tie, win
     for x, y in ((a, b), (torch.tensor(a), torch.tensor(b))):
-        assert reward.ras(x, y) == {"win": 0.5, "tie": 0.25, "loss": 0.25}
-        assert reward.nag(x, y) == {"signed": 0.25, "indicator": 0.5}
-    assert reward.nag([0, 0, 1], [1, 1, 0]) == pytest.approx({"signed": -1 / 3, "indicator": 1 / 3})
+        assert measures.ras(x, y) == {"win": 0.5, "tie": 0.25, "loss": 0.25}
+        assert measures.nag(x, y) == {"signed": 0.25, "indicator": 0.5}
+    assert measures.nag([0, 0, 1], [1, 1, 0]) == pytest.approx({"signed": -1 / 3, "indicator": 1 / 3})
     for x, y in (([1.0], [1.0, 2.0]), ([], []), ([float("nan")], [1.0])):
         with pytest.raises(ValueError):
-            reward.ras(x, y)
+            measures.ras(x, y)
         with pytest.raises(ValueError):
-            reward.nag(x, y)
+            measures.nag(x, y)
 
 
 def test_bootstrap_interval():
     values = [1.0] * 30 + [0.0] * 70
-    low, high = reward.bootstrap_interval(values)
-    assert (low, high) == reward.bootstrap_interval(values)
+    low, high = measures.bootstrap_interval(values)
+    assert (low, high) == measures.bootstrap_interval(values)
     normal = 1.96 * (0.3 * 0.7 / 100) ** 0.5  # 0.09
     assert low == pytest.approx(0.3 - normal, abs=0.02) and high == pytest.approx(0.3 + normal, abs=0.02)
     # eight samples of each prompt are no eight prompts
-    assert reward.bootstrap_interval([[v] * 8 for v in values]) == (low, high)
-    assert reward.bootstrap_interval([1.0]) == (1.0, 1.0)
+    assert measures.bootstrap_interval([[v] * 8 for v in values]) == (low, high)
+    assert measures.bootstrap_interval([1.0]) == (1.0, 1.0)
     for bad in ([], [float("nan")]):
         with pytest.raises(ValueError):
-            reward.bootstrap_interval(bad)
+            measures.bootstrap_interval(bad)

@@ -28,13 +28,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
 import policy as policy_module
-import preferences
 import reward
+import reward_model
 import train
-from data import UserError, load_records
+from data import UserError, load_records, messages
+from engine import measures
+from engine.record import read_jsonl
+from engine.settings import check_settings
 from minigrao import GRAO
-from record import read_jsonl
-from settings import check_settings
 
 ROOT = Path(__file__).parents[1]
 CLASSIFIER = dict(
@@ -73,7 +74,7 @@ def trl_loss(chosen, rejected, margin, centre):
 def test_loss_and_gradient_are_trls(margin):
     scores = 3 * torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
     ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
-    loss, expected = reward.bradley_terry_loss(*ours, margin), trl_loss(*theirs, margin, None)
+    loss, expected = reward_model.bradley_terry_loss(*ours, margin), trl_loss(*theirs, margin, None)
     torch.testing.assert_close(loss, expected)
     loss.backward(), expected.backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
@@ -81,11 +82,12 @@ def test_loss_and_gradient_are_trls(margin):
 
 def test_loss_is_stable_and_refuses_what_is_no_pair():
     chosen = torch.tensor([-1e4, 1e4], requires_grad=True)
-    loss = reward.bradley_terry_loss(chosen, torch.zeros(2))  # log(sigmoid(x)) would be -inf
+    loss = reward_model.bradley_terry_loss(chosen, torch.zeros(2))  # log(sigmoid(x)) would be -inf
     loss.backward()
     assert loss.item() == 5e3 and chosen.grad.tolist() == [-0.5, 0.0]
     assert (
-        reward.bradley_terry_loss(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).dtype == torch.float32
+        reward_model.bradley_terry_loss(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).dtype
+        == torch.float32
     )
     for args in (
         (torch.zeros(0), torch.zeros(0)),
@@ -93,7 +95,7 @@ def test_loss_is_stable_and_refuses_what_is_no_pair():
         (torch.zeros(2), torch.zeros(2), torch.zeros(1)),
     ):
         with pytest.raises(ValueError, match="chosen and rejected"):
-            reward.bradley_terry_loss(*args)
+            reward_model.bradley_terry_loss(*args)
 
 
 GOOD, BAD = 40, 41  # the better answer of these pairs holds GOOD, the worse one BAD
@@ -107,7 +109,7 @@ def pairs(n, seed):
 def fitted(load, held_out=(), **options):
     policy = load()
     policy.add_role("reward")
-    history = reward.fit_scorer(
+    history = reward_model.fit_scorer(
         policy, "reward", pairs(24, 0), held_out, **dict(lr=1e-2, epochs=2, batch_size=8) | options
     )
     return policy, history
@@ -144,7 +146,7 @@ def test_the_loss_has_the_pairs_margins_and_the_centring_term(load):
     )
     margins = torch.tensor([0.5, 0.5, 2.0, 0.5, 0.5, 0.5])  # one pair names its own
     mixed = [(*p, 2.0) if i == 2 else p for i, p in enumerate(pairs(6, 0))]
-    line = reward.fit_scorer(
+    line = reward_model.fit_scorer(
         policy, "reward", mixed, [], lr=1e-3, batch_size=6, margin=0.5, centre=0.1, max_tokens_per_pass=20
     )[0]
     assert line["train/loss"] == pytest.approx(float(trl_loss(*scores, margins, 0.1)), rel=1e-4)
@@ -160,8 +162,10 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
         and history[-1]["held_out/accuracy"] < best
         and history[-1]["best_step"] == history[-4]["step"]
     )
-    kept = reward.group_scores(policy, "reward", [p[0] for p in reversed_], [list(p[1:]) for p in reversed_])
-    assert reward.accuracy(*zip(*kept)) == best
+    kept = reward_model.group_scores(
+        policy, "reward", [p[0] for p in reversed_], [list(p[1:]) for p in reversed_]
+    )
+    assert measures.accuracy(*zip(*kept)) == best
 
 
 @pytest.mark.parametrize(
@@ -185,20 +189,22 @@ def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(
 ):
     policy, said = load(), iter(zip(accuracies, losses))
     policy.add_role("reward")
-    real = reward.bradley_terry_loss
+    real = reward_model.bradley_terry_loss
 
     def evaluation(*_):
         right, loss = next(said)
-        monkeypatch.setattr(reward, "accuracy", lambda *_: right)
+        monkeypatch.setattr(reward_model, "accuracy", lambda *_: right)
         monkeypatch.setattr(
-            reward,
+            reward_model,
             "bradley_terry_loss",
             lambda better, worse, margin=None: real(better, worse, margin) if better.requires_grad else loss,
         )
         return [[0.0, 0.0]] * 100
 
-    monkeypatch.setattr(reward, "group_scores", evaluation)
-    history = reward.fit_scorer(policy, "reward", pairs(8, 0), pairs(100, 1), batch_size=2, eval_every=1)
+    monkeypatch.setattr(reward_model, "group_scores", evaluation)
+    history = reward_model.fit_scorer(
+        policy, "reward", pairs(8, 0), pairs(100, 1), batch_size=2, eval_every=1
+    )
     assert len(history) == 4 and history[-1]["best_step"] == best
 
 
@@ -211,14 +217,14 @@ def test_scores_come_back_in_order_whatever_the_batches(load):
     )
     alone = [policy.sequence_scores([p], [group])[0].tolist() for p, group in zip(prompts, groups)]
     for most in (1, 30, 4096):
-        for row, expected in zip(reward.group_scores(policy, "reward", prompts, groups, most), alone):
+        for row, expected in zip(reward_model.group_scores(policy, "reward", prompts, groups, most), alone):
             assert row == pytest.approx(expected, abs=1e-5)
     with torch.no_grad():
         policy.heads["reward"].weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        reward.group_scores(policy, "reward", prompts, groups)
+        reward_model.group_scores(policy, "reward", prompts, groups)
     with pytest.raises(UserError, match="not finite"):
-        reward.fit_scorer(policy, "reward", pairs(4, 0), [])
+        reward_model.fit_scorer(policy, "reward", pairs(4, 0), [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -256,11 +262,11 @@ ANSWERS = [["cat dog", "w7 w8 w9 w10", "cat"], ["w11", "list list list"]]
 @pytest.mark.parametrize("most", [1, 50, 4096])
 def test_a_classifiers_score_is_transformers_own(pad, most, tmp_path):
     model = write_classifier(tmp_path, pad=pad)
-    scorer = reward.load_scorer(str(tmp_path), most=most, device="cpu", dtype="float32")
+    scorer = reward_model.load_scorer(str(tmp_path), most=most, device="cpu", dtype="float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for prompt, group, row in zip(PROMPTS, ANSWERS, scorer(PROMPTS, ANSWERS), strict=True):
         for answer, score in zip(group, row, strict=True):
-            turns = reward.messages(prompt) + [{"role": "assistant", "content": answer}]
+            turns = messages.messages(prompt) + [{"role": "assistant", "content": answer}]
             ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
             assert (
                 score == pytest.approx(model(ids).logits.item(), abs=1e-5)
@@ -271,14 +277,14 @@ def test_a_classifiers_score_is_transformers_own(pad, most, tmp_path):
 def test_bos_is_not_doubled(tmp_path):
     """Llama's template writes BOS, and its tokenizer writes it again in front of the templated text."""
     write_classifier(tmp_path, template="<|endoftext|> " + CHATML, bos=True)
-    scorer = reward.load_scorer(str(tmp_path), device="cpu", dtype="float32")
+    scorer = reward_model.load_scorer(str(tmp_path), device="cpu", dtype="float32")
     assert scorer.tokenizer.encode("cat")[0] == END_OF_TEXT
     assert scorer.encode("cat", "dog").count(END_OF_TEXT) == 1
 
 
 def test_without_a_template_a_pair_of_texts_is_scored(tmp_path):
     write_classifier(tmp_path, template=None)
-    scorer = reward.load_scorer(str(tmp_path), device="cpu", dtype="float32")
+    scorer = reward_model.load_scorer(str(tmp_path), device="cpu", dtype="float32")
     assert scorer.encode("cat w3", "dog") == scorer.tokenizer("cat w3", "dog")["input_ids"]
 
 
@@ -347,7 +353,7 @@ def chat_dir(tmp_path_factory):
 def test_the_judge_reads_the_log_probs_of_its_verdict_and_asks_in_both_orders(chat_dir):
     policy = policy_module.Policy.load(chat_dir, device="cpu", dtype="float32", lora_rank=4)
     conftest.randomise(policy)  # the policy's own adapter must not judge
-    judge = reward.Judge(policy, "chat", "harmless", most=50)
+    judge = reward_model.Judge(policy, "chat", "harmless", most=50)
     cases = [("list 3 animals", "cat dog", "w7"), (PROMPTS[1], "w8 w9", "cat"), ("w30", "", "w31")]
     odds, said = judge.log_odds(*zip(*cases))
     base = transformers.AutoModelForCausalLM.from_pretrained(chat_dir, dtype=torch.float32).requires_grad_(
@@ -369,8 +375,8 @@ def test_the_judge_reads_the_log_probs_of_its_verdict_and_asks_in_both_orders(ch
 
 def test_verdicts_by_hand(monkeypatch):
     rows = {(1, 2): 1.0, (-1, -2): -1.0, (3, -3): 0.0, (-3, 3): 0.0, (0, 2): 0.0, (0, 0): 0.0}
-    assert [reward.verdict(torch.tensor(row)) for row in rows] == list(rows.values())
-    judge = object.__new__(reward.Judge)
+    assert [reward_model.verdict(torch.tensor(row)) for row in rows] == list(rows.values())
+    judge = object.__new__(reward_model.Judge)
     judge.log_odds = lambda prompts, answers, references: (torch.tensor([[1.0, 1.0]] * len(prompts)), 1.0)
     assert judge(["q"] * 3, ["a", "y", "cut"], chosen=["y"] * 3, truncated=[False, False, True]) == [
         1.0,
@@ -383,7 +389,7 @@ def test_position_bias_is_measured(capsys):
     judge = SimpleNamespace(
         log_odds=lambda *cases: (torch.tensor([[2.0, -1.0], [2.0, -1.0], [2.0, 1.0], [1.0, -2.0]]), 0.9)
     )
-    assert preferences.print_position([("q", "a", "b")] * 4, judge).tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert reward.print_position([("q", "a", "b")] * 4, judge).tolist() == [0.0, 0.0, 1.0, 0.0]
     assert (
         "A wins 0.875 of the questions" in capsys.readouterr().out
     )  # 4 of 4 shown first, 3 of 4 shown second
@@ -394,7 +400,7 @@ def test_position_bias_is_measured(capsys):
 
 
 def command(*flags):
-    return preferences.main([str(f) for f in flags])
+    return reward.main([str(f) for f in flags])
 
 
 SMALL = ["--model", "tiny", "--device", "cpu", "--train-pairs", "160", "--epochs", "1"]
@@ -730,6 +736,6 @@ def test_an_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(preferences, "fit_scorer", stop)
+    monkeypatch.setattr(reward, "fit_scorer", stop)
     assert command("train", *SMALL, "--out", tmp_path / "reward") == 130
     assert list(tmp_path.iterdir()) == [] and "nothing was written" in capsys.readouterr().err

@@ -7,8 +7,8 @@ import torch
 from conftest import END_OF_TEXT, END_OF_TURN, FAMILIES, WORDS, random_ids
 from peft.tuners.lora import LoraLayer
 
-import sampling
-from sampling import HFDecoder, LlamaDecoder, draw, merged_weight
+from engine import sampling
+from engine.sampling import HFDecoder, LlamaDecoder, draw, merged_weight
 
 PROMPTS = random_ids((5, 1, 9), seed=1)
 ALMOST_1 = 1 - 2**-24  # the largest fp32 number below 1

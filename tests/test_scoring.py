@@ -9,10 +9,10 @@ from conftest import END_OF_TURN, FAMILIES, dense_logps, random_ids, randomise_a
 from torch.profiler import ProfilerActivity, profile
 
 import policy as policy_module
-import scoring
 from data import UserError
+from engine import scoring
+from engine.scoring import ChunkedLogProb, Pack
 from policy import Policy
-from scoring import ChunkedLogProb, Pack
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The output head

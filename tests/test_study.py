@@ -7,8 +7,8 @@ import pytest
 from matplotlib.image import imread
 
 from data import UserError
+from engine.record import read_jsonl
 from plots import figures, study, suites, tables
-from record import read_jsonl
 
 PROMPTS, STEPS = 12, 6
 

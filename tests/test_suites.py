@@ -8,10 +8,11 @@ import torch
 import uniapl
 from data import UserError
 from data.graded import graded_tasks
+from engine.command_line import parse
+from engine.settings import check_settings
 from minigrao import grao_loss, group_advantages
 from plots import compare, suites, sweep, tables
 from reward import verifier
-from settings import check_settings, parse
 
 FLAGS = ["--model", "m.gguf", "--reward", "a", "--judge-reward", "b"]
 

@@ -6,9 +6,8 @@ import shutil
 import pytest
 
 import train
+from engine.command_line import exit_status, parse
 from plots import sweep
-from settings import parse
-from train import exit_status
 
 
 def test_a_sweep_scores_each_rate_on_the_training_prompts(tmp_path, monkeypatch):

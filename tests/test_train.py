@@ -16,9 +16,12 @@ import torch
 import minigrao
 import train
 from data import UserError
+from engine.command_line import parse
+from engine.measures import report, summary
+from engine.metrics import METRICS
+from engine.record import RunFolder, read_jsonl
+from engine.settings import check_settings
 from minigrao import GRAO
-from record import RunFolder, read_jsonl, report, summary
-from settings import METRICS, check_settings, parse
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

@@ -18,8 +18,10 @@ import train
 import uniapl
 from baselines import GRPO, SFT, grpo_loss, sft_loss
 from data import UserError, tiny_tasks
-from record import read_jsonl
-from settings import METRICS, check_settings, parse
+from engine.command_line import parse
+from engine.metrics import METRICS
+from engine.record import read_jsonl
+from engine.settings import check_settings
 from uniapl import UNIAPL, VARIANTS
 
 ROOT = Path(__file__).parents[1]

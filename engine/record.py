@@ -14,15 +14,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 
 from data import UserError
-from data.constraints import constraint_results
-from models import first_line, whole_directory
-from reward import bootstrap_interval, nag, ras
+from engine.models import first_line, whole_directory
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint.safetensors, adapter/, curves.png
@@ -180,84 +177,3 @@ def peak_memory():
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The report
-
-
-def summary(samples):
-    """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval of its wins, length."""
-    rewards, references = (
-        np.array([s[k] for s in samples], dtype=float) for k in ("reward", "reference_reward")
-    )
-    low, high = bootstrap_interval(rewards)
-    q25, median, q75 = np.quantile(rewards, [0.25, 0.5, 0.75]).tolist()
-    return {
-        "reward": float(rewards.mean()),
-        "low": low,
-        "high": high,
-        "reference": float(references.mean()),
-        "std": float(rewards.std()),
-        "q25": q25,
-        "median": median,
-        "q75": q75,
-        "ras": ras(rewards, references),
-        "ras_interval": bootstrap_interval(rewards > references),
-        "tokens": sum(s["tokens"] for s in samples) / len(samples),
-        "truncated": sum(s["truncated"] for s in samples) / len(samples),
-    }
-
-
-def report(before, after):
-    """The before/after table, the constraint types, and four prompts side by side, as text."""
-    b, a = summary(before), summary(after)
-    post, pre = ([s["reward"] for s in samples] for samples in (after, before))
-    gain, (low, high) = nag(post, pre), bootstrap_interval(np.sign(np.subtract(post, pre)))
-    rows = [
-        (f"held-out prompts: {len(after)}", "before", "after"),
-        (
-            "mean reward [95 % interval]",
-            *(f"{s['reward']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (b, a)),
-        ),
-        ("  deviation", *(f"{s['std']:.3f}" for s in (b, a))),
-        ("  quartiles", *(f"{s['q25']:.3f} / {s['median']:.3f} / {s['q75']:.3f}" for s in (b, a))),
-        ("reference answers' reward", *(f"{s['reference']:.3f}" for s in (b, a))),
-        ("RAS win / tie / loss", *("{win:.3f} / {tie:.3f} / {loss:.3f}".format(**s["ras"]) for s in (b, a))),
-        ("  wins, 95 % interval", *("[{:.3f}, {:.3f}]".format(*s["ras_interval"]) for s in (b, a))),
-        ("NAG wins - losses (wins alone)", "", f"{gain['signed']:+.3f} ({gain['indicator']:.3f})"),
-        ("  95 % interval over prompts", "", f"[{low:+.3f}, {high:+.3f}]"),
-        ("length, tokens (share cut)", *(f"{s['tokens']:.1f} ({s['truncated']:.2f})" for s in (b, a))),
-    ]
-    text = "\n".join(f"{name:<32}{x:>24}{y:>24}" for name, x, y in rows) + "\n"
-    types = sorted({c["type"] for s in after for c in s.get("constraints", [])})
-    if types:
-        text += (
-            f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'reference':>14}{'n':>6}\n"
-        )
-    for kind in types:
-        met = [
-            constraint_share(samples, key, kind)
-            for samples, key in ((before, "completion"), (after, "completion"), (after, "reference"))
-        ]
-        text += f"  {kind:<30}{met[0][0]:>24.2f}{met[1][0]:>24.2f}{met[2][0]:>14.2f}{met[0][1]:>6}\n"
-    for i in range(min(4, len(after))):
-        prompt = (
-            after[i]["prompt"] if isinstance(after[i]["prompt"], str) else after[i]["prompt"][-1]["content"]
-        )
-        text += f"\nprompt     {shown(prompt)}\nreference  {shown(after[i]['reference'])}  ({after[i]['reference_reward']:.3g})\n"
-        for name, s in (("before", before[i]), ("after", after[i])):
-            text += f"{name:<10} {shown(s['completion'])}  ({s['reward']:.3g})\n"
-    return text
-
-
-def constraint_share(samples, key, kind):
-    """(share, n) of the constraints of one type that the answers under `key` meet."""
-    met = [
-        ok
-        for s in samples
-        for ok, c in zip(constraint_results(s[key], s["constraints"]), s["constraints"])
-        if c["type"] == kind
-    ]
-    return sum(met) / len(met), len(met)
-
-
-def shown(text, width=200):
-    text = " / ".join(text.split("\n"))
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -4,10 +4,10 @@ import torch
 from safetensors.torch import save_file
 
 import baselines
+from engine.settings import check_settings
 from minigrao import GRAO
-from plots import bench_memory
-from plots.bench_worker import alternate_rewards, now, peak_bytes, serve
-from settings import check_settings
+from plots.bench import memory
+from plots.bench.worker import alternate_rewards, now, peak_bytes, serve
 from train import Trainer
 
 METHODS = baselines.METHODS | {"grao": GRAO}
@@ -93,7 +93,7 @@ class Ours:
         return {"loss": float(loss.detach()), "kl": float(parts["kl"])}
 
     def largest_tensors(self):
-        return {"largest": bench_memory.largest_tensors(self.policy, self.step)}
+        return {"largest": memory.largest_tensors(self.policy, self.step)}
 
 
 if __name__ == "__main__":

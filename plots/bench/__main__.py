@@ -1,6 +1,6 @@
 """Speed and memory of a training step beside TRL 1.16 and beside what the machine can do.
 
-    python -m plots.bench --model SmolLM2-135M-Instruct.Q4_1.gguf --trl-python TRL/bin/python --out plots/bench.json
+    python -m plots.bench --model SmolLM2-135M-Instruct.Q4_1.gguf --trl-python TRL/bin/python --out plots/bench/bench.json
     python -m plots.bench                   # random weights in SmolLM2-135M's shape; TRL if it is installed here
     python -m plots.bench --quick           # everything once, on the embedded model, in a minute
 
@@ -38,13 +38,13 @@ import torch.nn.functional as F
 import transformers
 
 from data import UserError
-from models import find_model
-from plots import bench_memory
-from plots.bench_worker import Worker, now
+from engine.models import find_model
+from engine.record import environment, write_whole
+from engine.sampling import LlamaDecoder, Sampler, base_layer, linear, prepack
+from engine.scoring import CHUNK_ROWS
+from plots.bench import memory
+from plots.bench.worker import Worker, now
 from policy import Policy
-from record import environment, write_whole
-from sampling import LlamaDecoder, Sampler, base_layer, linear, prepack
-from scoring import CHUNK_ROWS
 
 PROMPT, RANK, LR = 37, 16, 1e-5
 PHASES = ("rollout", "scoring", "update")
@@ -361,10 +361,8 @@ def bench_head(repeats, quick):
     size = (997, 64) if quick else ()
     result = {"seconds": [], "peak_growth_bytes": []}
     for dtype in (torch.bfloat16, torch.float32):
-        case = bench_memory.head_case(512, dtype, *size)
-        median, spread = alternate(
-            {name: lambda f=f: f(*case) for name, f in bench_memory.HEADS.items()}, repeats
-        )
+        case = memory.head_case(512, dtype, *size)
+        median, spread = alternate({name: lambda f=f: f(*case) for name, f in memory.HEADS.items()}, repeats)
         result["seconds"].append({"dtype": str(dtype), "tokens": 512, "seconds": median, "spread": spread})
         print(
             f"log-probs and gradient of 512 tokens, {dtype}: chunked {median['chunked']:.2f} s, dense {median['dense']:.2f} s",
@@ -374,11 +372,9 @@ def bench_head(repeats, quick):
         for tokens in (512, 1024):
             peaks = dict(
                 zip(
-                    bench_memory.HEADS,
+                    memory.HEADS,
                     pool.map(
-                        bench_memory.peak_growth,
-                        [(name, tokens, *size) for name in bench_memory.HEADS],
-                        chunksize=1,
+                        memory.peak_growth, [(name, tokens, *size) for name in memory.HEADS], chunksize=1
                     ),
                 )
             )
@@ -395,7 +391,7 @@ def bench_tensors(model, data, lengths):
     rows = []
     for tokens in lengths:
         case = make_case("grao", model, 1, 8, tokens, data=data)
-        with Worker(sys.executable, "bench_ours", case) as worker:
+        with Worker(sys.executable, "bench.ours", case) as worker:
             rows.append(
                 {
                     "tokens": tokens,
@@ -460,7 +456,7 @@ def bench(args, folder):
             f"note: the machine is busy (load {load:.1f} on {cores} cores): these numbers are indicative only",
             file=sys.stderr,
         )
-    sides = {"ours": (sys.executable, "bench_ours")} | ({"TRL": (python, "bench_trl")} if python else {})
+    sides = {"ours": (sys.executable, "bench.ours")} | ({"TRL": (python, "bench.with_trl")} if python else {})
     ours = {"ours": sides["ours"]}
     tiny = find_model("tiny")
     if args.quick:
@@ -560,7 +556,7 @@ def bench(args, folder):
     if due("memory"):
         profiled = model if args.quick else random_model(f"{folder}/narrow", tokenizer, **narrow)
         result["largest_tensors"] = bench_tensors(profiled, data, (16, 32) if args.quick else (512, 1024))
-        result["role_bytes"] = bench_memory.role_bytes(model)
+        result["role_bytes"] = memory.role_bytes(model)
         print(
             "one more role: "
             + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in result["role_bytes"].items())
@@ -568,10 +564,10 @@ def bench(args, folder):
         layer = random_model(
             f"{folder}/layer", tokenizer, **dict(QWEN3, num_hidden_layers=1, vocab_size=2**16)
         )
-        kept = bench_memory.kept_per_token(
+        kept = memory.kept_per_token(
             Policy.load(layer, dtype="bfloat16", device="cpu"), 16 if args.quick else 256
         )
-        result["gpu_arithmetic"] = bench_memory.gpu_table(kept)
+        result["gpu_arithmetic"] = memory.gpu_table(kept)
     result["minutes"] = (time.time() - start) / 60
     return result
 

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import scoring
-from plots.bench_worker import peak_bytes
+from engine import scoring
+from plots.bench.worker import peak_bytes
 from policy import PASS_TOKENS, Policy
 
 QWEN3 = dict(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from scoring import frozen_weight
+from engine.scoring import frozen_weight
 
 KV_BYTES = 2**30  # the cache of one batch; more rows than fit are decoded in several batches
 LOGITS = 2**25  # rows x vocabulary of one batch, 128 MiB in fp32

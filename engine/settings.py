@@ -4,7 +4,6 @@ A method's own settings are a dataclass derived from `Config`; the command line 
 METRICS it defines in its `Method.metrics`. To change a default, look at the field, or at PRESETS where it depends on the model.
 """
 
-import argparse
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -165,35 +164,6 @@ def same(name):
     return field(default=f.default, metadata=f.metadata)
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
-def parse(config_class, argv, description):
-    """The flags of a config dataclass that were given on a command line -> {field: value}; make the config from it, then check it."""
-    parser = OneLineParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    for f in dataclasses.fields(config_class):
-        flag, rule = "--" + f.name.replace("_", "-"), f.metadata
-        presets = {name: preset | config_class.presets.get(name, {}) for name, preset in PRESETS.items()}
-        by_model = [
-            f"{name}: {preset[f.name]}" for name, preset in presets.items() if preset.get(f.name) is not None
-        ]
-        default = "" if f.default is None or f.type is bool else f" [{f.default}]"
-        if by_model and f.name != "quantize":
-            default = f" [{', '.join(by_model)}]"
-        options = dict(default=argparse.SUPPRESS, help=(rule["help"] + default).replace("%", "%%"))
-        if f.type is bool:
-            parser.add_argument(flag, action="store_true", **options)
-        else:
-            parser.add_argument(
-                flag, type=f.type, metavar="|".join(rule["choices"] or [f.type.__name__.upper()]), **options
-            )
-    return vars(parser.parse_args(argv))
-
-
 @dataclass(frozen=True)
 class Method:
     name: str
@@ -208,76 +178,3 @@ class Method:
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # Metrics: every logged number, defined once
-
-METRICS = {
-    "step": ("steps", "optimisation steps taken"),
-    "reward/mean": (
-        "reward",
-        "mean over the step's samples; rises, noisily, because each step has other prompts",
-    ),
-    "reward/std": ("reward", "standard deviation over the samples; falls when all succeed or all fail"),
-    "reward/q25": ("reward", "lower quartile of the samples' rewards"),
-    "reward/median": ("reward", "median of the samples' rewards"),
-    "reward/q75": ("reward", "upper quartile of the samples' rewards"),
-    "reward/reference": ("reward", "mean reward of the step's reference answers: flat, the line to cross"),
-    "groups/no_signal": (
-        "share",
-        "groups whose samples all earn the same; near 1 nothing is left to compare",
-    ),
-    "length/min": ("tokens", "shortest sample"),
-    "length/mean": ("tokens", "mean sample length; a steady drift without reward is a length hack"),
-    "length/max": ("tokens", "longest sample; at max_new_tokens samples are cut"),
-    "length/truncated": ("share", "samples cut at max_new_tokens; should fall"),
-    "kl/k1": (
-        "nats/token",
-        "mean of log pi - log pi_ref over sampled tokens; unbiased for KL(pi || ref), can be negative on a batch",
-    ),
-    "kl/k3": (
-        "nats/token",
-        "mean of exp(-d) - 1 + d, d = log pi - log pi_ref; never negative, 0 at the first step, then grows slowly",
-    ),
-    "entropy": (
-        "nats/token",
-        "of the policy's next-token distribution at sampled tokens; falls, but not to 0 at once",
-    ),
-    "mismatch/mean": (
-        "nats/token",
-        "mean |log-prob when sampled - when scored|: the price of another precision; well under 0.1",
-    ),
-    "mismatch/max": ("nats/token", "its largest value in the step"),
-    "ratio/max": ("-", "largest pi / pi_old of the step; exactly 1 with one update for each rollout"),
-    "clip/low": (
-        "share",
-        "tokens with A < 0 whose ratio is below the clip range, so without gradient; 0 with one update, else under 0.2",
-    ),
-    "clip/high": ("share", "tokens with A > 0 whose ratio is above it; likewise"),
-    "kl/update": (
-        "nats/token",
-        "KL(pi_old || pi) of the step's updates, estimated by k3; 0 with one update, else well under 0.1",
-    ),
-    "updates": ("updates", "optimiser updates so far, where a step may take several on one rollout"),
-    "loss": ("nats", "the method's loss; its size says little, see the method"),
-    "grad_norm": ("-", "norm of the gradient before clipping; steady, spikes are rare"),
-    "lr": ("-", "learning rate of the step"),
-    "tokens/generated": ("tokens", "sampled so far in the run"),
-    "tokens/per_second": ("tokens/s", "sampling speed in the step's rollout"),
-    "time/rollout": ("s", "the step's sampling and rewards"),
-    "time/update": ("s", "the step's scoring, backward pass and optimiser"),
-    "memory/peak": ("GiB", "peak so far: of the GPU's allocator, or of the process on a CPU"),
-    "eval/reward": ("reward", "mean over held-out prompts, one sample each; the number to watch"),
-    "eval/low": ("reward", "lower end of its 95 % bootstrap interval over prompts"),
-    "eval/high": ("reward", "upper end"),
-    "eval/std": ("reward", "standard deviation over the held-out prompts"),
-    "eval/q25": ("reward", "lower quartile over them"),
-    "eval/median": ("reward", "median"),
-    "eval/q75": ("reward", "upper quartile"),
-    "eval/reference": ("reward", "mean reward of the held-out references"),
-    "eval/kl": (
-        "nats/answer",
-        "KL(pi || ref) of whole answers to held-out prompts: mean of log pi - log pi_ref of the samples; 0 at the start",
-    ),
-    "eval/logp_reference": (
-        "nats/token",
-        "mean J_imit of the held-out references, at the sampling temperature; rises while the policy imitates",
-    ),
-}

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from plots.bench_worker import alternate_rewards, now, peak_bytes, serve
+from plots.bench.worker import alternate_rewards, now, peak_bytes, serve
 
 
 class GRPOOnIds(GRPOTrainer):
