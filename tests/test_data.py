@@ -3,6 +3,8 @@
 import gzip
 import importlib
 import json
+import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -87,6 +89,15 @@ def test_builtin_tasks():
     assert len(load_records("tasks", "heldout")) == 200
 
 
+@pytest.mark.parametrize("level", ["tiny", "chat"])
+def test_the_whole_pool_begins_as_a_part_of_it(level):
+    """A run that leaves long records out reads them all and keeps the first that fit. Of the built-in tasks it once got
+    1000 and 200 instead, and the run was another one although nothing was too long."""
+    every = load_records("tasks", "heldout", n=math.inf, seed=3, level=level)
+    assert every[:400] == load_records("tasks", "heldout", n=400, seed=3, level=level)
+    assert len(every) == loaders.MOST[level]["heldout"]
+
+
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
 def test_a_file_is_split_by_its_prompts(tmp_path, name):
     path = write(
@@ -101,6 +112,50 @@ def test_a_file_is_split_by_its_prompts(tmp_path, name):
     assert load_records(path, "train", n=7) == train[:7] and load_records(path, "train") == train
     assert train != load_records(path, "train", seed=1)
     assert {r["line"] for r in load_records(path, "heldout", seed=1)} == {r["line"] for r in heldout}
+
+
+def test_a_file_is_split_by_its_dialogues(tmp_path):
+    """24 of 224 held-out prompts of HH-RLHF were once another turn of a training dialogue."""
+    records = []
+    for i in range(300):
+        turns = [{"role": "user", "content": f"Question {i}?"}]
+        records.append({"prompt": list(turns), "chosen": "Yes."})
+        turns += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
+        records.append({"prompt": turns, "chosen": "Because."})
+        records.append({"prompt": [{"role": "system", "content": "Be brief."}, *turns], "chosen": "So."})
+    path = write(tmp_path / "turns.jsonl", records)
+    sides = {}
+    for split in ("train", "heldout"):
+        sides[split] = {loaders.dialogue(r["prompt"]) for r in load_records(path, split)}
+    assert not sides["train"] & sides["heldout"] and 15 <= len(sides["heldout"]) <= 50
+    assert len(sides["train"] | sides["heldout"]) == 300
+
+
+def test_a_column_split_decides(tmp_path):
+    """A generated file knows better than a hash which topics are held out."""
+    records = [preference(i, split="heldout" if i % 3 == 0 else "train") for i in range(30)]
+    path = write(tmp_path / "split.jsonl", records)
+    for split in ("train", "heldout"):
+        loaded = load_records(path, split)
+        assert sorted(r["prompt"] for r in loaded) == sorted(r["prompt"] for r in records if r["split"] == split)
+    for wrong in (preference(30, split="test"), preference(30, split=None), preference(30, split=[])):
+        path = write(tmp_path / "wrong.jsonl", [*records, wrong])
+        with pytest.raises(UserError, match='wrong.jsonl: .*"split".*"train" or "heldout"') as error:
+            load_records(path, "train")
+        assert "\n" not in str(error.value)
+    path = write(tmp_path / "some.jsonl", [*records, preference(30)])
+    with pytest.raises(UserError, match="some.jsonl: 1 of 31 records"):
+        load_records(path, "train")
+    path = write(tmp_path / "train.jsonl", [preference(i, split="train") for i in range(9)])
+    with pytest.raises(UserError, match="no record for the heldout split"):
+        load_records(path, "heldout")
+
+
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path):
+    """Opening a named pipe waits for a writer: the command hung without a word."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="pipe.jsonl: is not a regular file"):
+        load_records(tmp_path / "pipe.jsonl", "train")
 
 
 @pytest.mark.parametrize("count", range(2, 8))
@@ -142,6 +197,8 @@ BAD_LINES = [  # (second line of the file, a word of the reason)
     (b'{"prompt": "p", "chosen": [{"role": "user", "content": "x"}]}', "chosen"),
     (b'{"prompt": "p", "chosen": "c", "score": NaN}', "NaN"),
     (b'{"prompt": "p", "chosen": "c", "score": -Infinity}', "Inf"),
+    (b'{"prompt": "p", "chosen": "c", "margin": 1' + b"0" * 400 + b"}", "too large"),
+    (b'{"prompt": "p", "chosen": "c", "margin": -1e999}', "too large"),
     (b'{"prompt": "\xff", "chosen": "c"}', "UTF-8"),
     (b'{"prompt": "\\ud800", "chosen": "c"}', "surrogate"),
     (b"[" * 100_000, "JSON"),
