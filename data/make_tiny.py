@@ -178,13 +178,19 @@ def batches(records, tokenizer, rng):
             yield ids, labels
 
 
+def corpus_records():
+    """The tiny_tasks records whose prompts the model is trained on: of the train split, so that no combination of
+    constraints that is held out was ever seen, neither here nor in a run that starts from the model."""
+    return tiny_tasks("train", PROMPTS, seed=SEED)
+
+
 def train(steps=STEPS, log=print):
     """(model in fp64, tokenizer) after `steps` optimiser steps of BATCH chats. Uses torch's global generator."""
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    records = tiny_tasks("train", PROMPTS, seed=SEED)
+    records = corpus_records()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(

@@ -1,12 +1,13 @@
 """The grid as data: every command line is one its program takes, budgets are equal, and the re-weighted ablation is the identity's."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 import uniapl
-from data import UserError
+from data import UserError, load_records
 from data.graded import graded_tasks
 from minigrao import grao_loss, group_advantages
 from plots import compare, suites, sweep, tables
@@ -162,3 +163,20 @@ def test_graded_references_are_right_as_often_as_asked(level):
     assert (
         sum(r["experts"][0] != r["experts"][1] for r in by_share[1.0]) > 150
     )  # a second one, for a discriminator to learn from
+
+
+@pytest.mark.parametrize("level", ["tiny", "chat"])
+def test_graded_files_hold_out_what_their_tasks_hold_out(level, tmp_path):
+    """Held-out prompts of a graded file once stood on the topics that it trains on, and a third of their expert answers
+    in its training records, while those of the other parts did not."""
+    path = tmp_path / "quality.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in graded_tasks(level, 600, 1.0)))
+    train, heldout = load_records(path, "train"), load_records(path, "heldout")
+    assert (len(train), len(heldout)) == (540, 60)
+    for split, records in (("train", train), ("heldout", heldout)):
+        own = {r["prompt"]: r for r in load_records("tasks", split, n=len(records), level=level)}
+        assert {r["prompt"] for r in records} == set(own)
+        assert all(r["constraints"] == own[r["prompt"]]["constraints"] for r in records)
+    if level == "chat":
+        assert not {r["chosen"].lower() for r in train} & {r["chosen"].lower() for r in heldout}
+        assert not {tuple(r["about"]) for r in train} & {tuple(r["about"]) for r in heldout}
