@@ -2,21 +2,22 @@
 
     python -m data.make_tiny [--out DIR]     # about ten minutes of one CPU core; prints a log and the sha256
 
-It is trained from scratch, on answer tokens only, on prompts of the train split of data/tiny_tasks.py, each with a freshly
-written answer that follows each constraint with the probability `follow_rate`: 0.65 on average, near 1 for two animals,
-0.1 for five metals. One training example, as the model reads it:
+It is trained from scratch, on answer tokens only, on prompts of the train split of data/tiny_tasks.py (so on no
+combination of constraints that is held out), each with a freshly written answer that follows each constraint with the
+probability `follow_rate`: 0.65 on average, near 1 for two animals, 0.1 for five metals. One training example, as the
+model reads it:
 
     <|im_start|> user list 3 trees , in reverse order <|im_end|> <|im_start|> assistant pine oak elm <|im_end|>
 
 The model therefore knows how to meet every constraint and does so unreliably, more for some prompts than for others:
 what reinforcement learning needs in order to have something to reinforce. Measured on 300 held-out prompts with 8 samples
-each at temperature 1, as saved and in NF4: 29 % and 29 % of the answers meet all constraints, 58 % and 60 % of the groups
-are mixed, and every answer ends by itself within 24 tokens; greedy answers pass at 42 % and 41 %.
+each at temperature 1, as saved and in NF4: 30 % and 30 % of the answers meet all constraints, 60 % and 61 % of the groups
+are mixed, and every answer ends by itself within 24 tokens; greedy answers pass at 42 % and 42 %.
 
 Reproducibility: the training runs in fp64 on one thread and the weights are rounded to bf16 at the end, so the last bits,
 in which processors and libraries differ, hardly ever reach the file: after 40 steps AVX2 and AVX-512 kernels are 4e-15
 apart, and no rounded weight differs. Another release of torch or transformers may still change the file, whose sha256 is
-b8e094df7d25e30fd8c96a4915c7057a126f7a43da9d359fe21f9eb1654b6d2f (torch 2.13, transformers 5.23).
+c568068ceff3327b690303983e4d76b6e468329d6e14436117c4bb2232ec0a4c (torch 2.13, transformers 5.23).
 """
 
 import argparse
