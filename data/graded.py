@@ -10,7 +10,7 @@ What to read off: where imitation stops paying. A record is right or wrong by a 
 
 import random
 
-from data.chat_tasks import answer_again, chat_tasks
+from data.chat_tasks import answer_again, asked, chat_tasks
 from data.constraints import constraint_results, hack
 from data.loaders import HELD_OUT
 from data.tiny_tasks import CHOSEN_RATE, answer, tiny_tasks
@@ -42,7 +42,7 @@ def graded_tasks(level, n, share, seed=0):
 
 def graded_answer(level, record, right, rng):
     """An answer (str) that meets all constraints of a record, or not all."""
-    constraints = record["constraints"]
+    constraints = record["constraints"] if level == "tiny" else asked(record)
     for _ in range(ATTEMPTS):
         met = [right or rng.random() < CHOSEN_RATE for _ in constraints]
         if not right:
