@@ -20,10 +20,10 @@ GREETINGS = set("dear greetings hello hey hi reader".split())
 ABBREVIATIONS = set("mr mrs ms dr prof st vs e.g i.e jr sr approx p.s p.p.s".split())
 
 # What makes an answer be about its topic: each content word besides the topic's name weighs 1 / (topics that have it).
-# Together they weigh LEAST: one word that three of the sixty topics have, or several that more have. And on average they
+# Together they weigh LEAST: one word that at most three of the sixty topics have, or two that six have. And on average they
 # weigh SPECIFIC: as a word weighs 1 for all topics together, a text that is the same for every topic can reach that for
 # 12 of the sixty, however long it is and whatever stands in it.
-LEAST, SPECIFIC = 1 / 3, 1 / 12
+LEAST, SPECIFIC = 0.3, 1 / 12
 
 
 def sentences(text):
@@ -105,7 +105,7 @@ def on_topic(text, about, given=()):
         return False
     rest = said - {max(sorted(named), key=lambda name: topics.get(name, 0))} - {stem(word) for word in given}
     weight = sum(1 / topics[word] for word in rest & topics.keys())
-    return weight >= max(LEAST, SPECIFIC * len(rest)) - 1e-9  # 1/6 + 1/6, too
+    return weight >= max(LEAST, SPECIFIC * len(rest))
 
 
 # ------------------------------------------------------------------------------------------------------------ salad

@@ -14,7 +14,8 @@ from data import UserError, chat_tasks, load_records, tiny_tasks
 from data import constraints as checks
 
 loaders = importlib.import_module("data.loaders")
-TOPICS = importlib.import_module("data.chat_tasks").TOPICS
+tasks = importlib.import_module("data.chat_tasks")  # the package has a function of that name
+TOPICS, asked = tasks.TOPICS, tasks.asked
 HH = (
     Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
 )  # real data beside the checkout, where there is any
@@ -47,16 +48,19 @@ def test_chat_splits_share_no_topic():
 def test_chat_references_are_good_but_not_perfect(split):
     records = chat_tasks(split, 1500, seed=1)
     met = {
-        key: [ok for r in records for ok in checks.constraint_results(r[key], r["constraints"])]
+        key: [ok for r in records for ok in checks.constraint_results(r[key], asked(r))]
         for key in ("chosen", "rejected")
     }
     assert 0.75 < sum(met["chosen"]) / len(met["chosen"]) < 0.85
     assert 0.3 < sum(met["rejected"]) / len(met["rejected"]) < 0.5
-    assert 0.2 < sum(len(r["constraints"]) == 2 for r in records) / len(records) < 0.32
+    assert 0.2 < sum(len(asked(r)) == 2 for r in records) / len(records) < 0.32
     counts = Counter(c["type"] for r in records for c in r["constraints"])
     assert len(counts) >= 14 and min(counts.values()) >= 10
     for r in records:
         assert checks.hack(r["prompt"], r["chosen"], r["min_words"], r["constraints"], r["about"]) is None, r
+        wanted, results = r["constraints"], checks.constraint_results(r["chosen"], r["constraints"])
+        assert [c["type"] for c in wanted].index("short") == len(wanted) - 1
+        assert results[-1] or not all(results), r  # an answer that is right is as short as its task asks
 
 
 def test_chat_tasks_refuse_what_they_cannot_give():

@@ -179,4 +179,4 @@ def test_graded_files_hold_out_what_their_tasks_hold_out(level, tmp_path):
         assert all(r["constraints"] == own[r["prompt"]]["constraints"] for r in records)
     if level == "chat":
         assert not {r["chosen"].lower() for r in train} & {r["chosen"].lower() for r in heldout}
-        assert not {tuple(r["about"]) for r in train} & {tuple(r["about"]) for r in heldout}
+        assert not {str(r["about"]) for r in train} & {str(r["about"]) for r in heldout}
