@@ -1,4 +1,4 @@
-"""Verifiable instructions in plain English, in the manner of IFEval, short enough for a chat model of 135M parameters.
+"""Verifiable instructions in plain English, in the manner of IFEval, for chat models from 135M parameters on.
 
     python -m data.chat_tasks        # prints three records of each split
 
@@ -10,15 +10,16 @@ TRL's preference format plus the columns that the verifier reads:
      "constraints": [{"type": "lowercase"}, {"type": "short", "most": 30, "sentences": 1}],
      "min_words": 4,                                    # an answer has at least so many words,
      "about": {"names": ["bee", "honey", "hive"],       # one of these among them,
-               "words": ["bloom", "crop", "nectar", ...], "topics": [2, 4, 2, ...]}}    # and something of these
+               "words": ["bloom", "crop", "nectar", ...], "topics": [2, 4, 2, ...]}}   # and some of these
 
-A prompt is a topic of chat_topics.json x a task x one or two constraints x their phrasings; every fourth prompt has two
-constraints. What the task itself asks for, one short sentence, say, is the last constraint, `short`. The topics of the
-two splits are different ones, so that the splits share no prompt and no sentence. `about` holds the words that belong to
-the topic, and in how many of the sixty topics each occurs: a text that fits every topic says nothing of this one.
-`chosen` is good but not perfect: it meets each constraint besides `short` with probability 0.8, by itself. `rejected`
-meets each with probability 0.4, and only such as `chosen` meets too. Their misses are the ones that people and models
-make: a comma slips in, a capital stays, one bullet is missing.
+A prompt is a topic of chat_topics.json x a task x one or two constraints x their phrasings; every fourth
+prompt has two constraints. What the task itself asks for, one short sentence, say, is the last constraint,
+`short`. The topics of the two splits are different ones, so that the splits share no prompt and no sentence.
+`about` holds the words that belong to the topic, and in how many of the sixty topics each occurs: a text that
+fits every topic says nothing of this one. `chosen` is good but not perfect: it meets each constraint besides
+`short` with probability 0.8, by itself. `rejected` meets each with probability 0.4, and only such as `chosen`
+meets too. Their misses are the ones that people and models make: a comma slips in, a capital stays, one
+bullet is missing.
 """
 
 import json
@@ -226,10 +227,11 @@ PAIRS = [
 
 
 def chat_tasks(split, n, seed=0):
-    """`n` records (see the module docstring) of `split`, "train" or "heldout", with distinct prompts: a list of dicts.
+    """`n` records (see the module docstring) of `split`, "train" or "heldout", with distinct prompts: a list
+    of dicts.
 
-    The same arguments give the same records, and a smaller `n` gives their beginning. UserError for an unknown split
-    and for an `n` outside 0..MOST[split].
+    The same arguments give the same records, and a smaller `n` gives their beginning. UserError for an
+    unknown split and for an `n` outside 0..MOST[split].
     """
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split {split!r}: use 'train' or 'heldout'")
@@ -261,7 +263,8 @@ def make_record(rng, topic):
     met = [rng.random() < CHOSEN_RATE for _ in kinds]
     chosen = rejected = answer(rng, topic, kinds, constraints, met)
     for attempt in range(20):
-        # after some attempts nothing but a miss can make a difference: the constraint leaves one sentence in one form
+        # after some attempts nothing but a miss can make a difference: the constraint leaves one sentence in
+        # one form
         worse = [ok and attempt < 10 and rng.random() < REJECTED_RATE for ok in met]
         rejected = answer(rng, topic, kinds, constraints, worse)
         if rejected != chosen:
@@ -281,9 +284,13 @@ def make_record(rng, topic):
 
 
 def short_limit(kinds):
-    """The constraint that a task states with "one short sentence" or the like; `kinds`: those of the others."""
+    """The constraint that "one short sentence" or the like states; `kinds`: those of the others."""
     if PHRASES[kinds[0]][0] == "one":
-        return {"type": "short", "most": SHORT, "sentences": 1 + sum(ADDED_SENTENCES.get(k, 0) for k in kinds)}
+        return {
+            "type": "short",
+            "most": SHORT,
+            "sentences": 1 + sum(ADDED_SENTENCES.get(k, 0) for k in kinds),
+        }
     most = {"type": "short", "most": SHORT}
     return most | ({"sentences": SENTENCES[kinds[0]]} if kinds[0] in SENTENCES else {})
 
@@ -294,7 +301,8 @@ def asked(record):
 
 
 def make_constraint(rng, kind, topic):
-    """A constraint that some sentences of `topic` can meet and some can miss, and the text for its phrase's "{}"."""
+    """A constraint that some sentences of `topic` can meet and some can miss, and the text for its phrase's
+    "{}"."""
     sentences = topic["sentences"]
     words = {s: [w for w in re.findall(r"\w+", s.lower()) if len(w) >= 4] for s in sentences}
     some = rng.choice(sentences)
@@ -350,7 +358,8 @@ def make_constraint(rng, kind, topic):
 
 
 def answer(rng, topic, kinds, constraints, met):
-    """An answer that meets exactly the constraints whose entry in `met` is true; `kinds` are their keys in PHRASES."""
+    """An answer that meets exactly the constraints whose entry in `met` is true; `kinds` are their keys in
+    PHRASES."""
     asked = {kind: (c, ok) for kind, c, ok in zip(kinds, constraints, met)}
     failed = {kind for kind, ok in zip(kinds, met) if not ok}
     sentences = choose_sentences(rng, topic["sentences"], asked)
@@ -433,7 +442,8 @@ def another_answer(record, rng):
 
 
 def choose_sentences(rng, bank, asked):
-    """As many sentences of `bank`, and such ones, as meet or miss the constraints that sentences alone decide."""
+    """As many sentences of `bank`, and such ones, as meet or miss the constraints that sentences alone
+    decide."""
     count, ok_by_words = 1, []
     for kind, (c, ok) in asked.items():
         if kind == "sentences at least":

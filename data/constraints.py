@@ -1,35 +1,38 @@
-"""The constraints of the built-in tasks: checks in the manner of IFEval, and a guard against answers that are no answers.
+"""The constraints of the built-in tasks: checks in IFEval's manner, and a guard against no-answers.
 
     constraint_results("bees turn nectar into honey.", [{"type": "lowercase"}])          # [True]
     hack("Write one sentence about bees.", "bees bees bees")                              # "repetition"
 
-Checks that IFEval has too (Zhou et al., arXiv 2311.07911) decide as Google's code, which the tests compare them with,
-but for what this table says. Where ours is stricter, an answer that IFEval lets pass earns nothing here; nowhere is it
-the other way round.
+Checks that IFEval has too (Zhou et al., arXiv 2311.07911) decide as Google's code, which the tests compare
+them with, but for what this table says. Where it says stricter, an answer that IFEval lets pass may fail
+here; nowhere is it the other way round.
 
-    type              IFEval's code                           here
-    upper, lowercase  and langdetect calls the text English   the letters alone decide
-    sentences         counted by nltk's punkt, a download     counted by data/words.py
-    capital_words     found by nltk's tokeniser               found by a regular expression; and for "at least", stricter:
-                                                              of two letters or more, so that "I" and "A" are none
-    keywords          anywhere, as a regular expression       stricter: as a word, with the ending of a plural or a verb
-                                                              at most; plain text
-    forbidden         the very word                           stricter: nor with such an ending, a "_", an accent, a
-                                                              hyphen or an invisible character in it; plain text
-    letter_frequency  as typed                                stricter for "less than": accents and wide letters count
-    postscript        the marker as a regular expression      as plain text; and hack() wants words around it
-    json              any JSON                                stricter where "keys" is given: an object that has them all,
-                                                              each with a text of its own
-    title             anywhere                                stricter where "first" is true: before everything else
-    placeholders      anywhere                                stricter where "first" is true: after five words at most
+    type              IFEval's code                  here
+    upper, lowercase  langdetect says English, too   the letters alone decide
+    sentences         by nltk's punkt, a download    by data/words.py
+    capital_words     by nltk's tokeniser            by a regular expression; stricter for "at least": of two
+                                                     letters or more, so that "I" and "A" are none
+    keywords          a regular expression, anywhere stricter: plain text, as a word of its own, with the
+                                                     ending of a plural or a verb at most
+    forbidden         a regular expression, the word stricter: plain text, nor with such an ending, or with
+                                                     "_", a digit, a hyphen or an accent
+    letter_frequency  as typed                       stricter for "less than": "é" is an "e"
+    postscript        a regular expression           plain text; and hack() wants words around it
+    json              any JSON                       stricter where "keys" is given: an object that has them
+                                                     all, each with a text of its own
+    title             anywhere                       stricter where "first" is true: before everything
+    placeholders      anywhere                       stricter where "first" is true: after five words at most
 
-Not in IFEval: `start_with`, the three checks of the tiny vocabulary (items, order, separator), and `short`, which checks
-what "one short sentence" asks for: at most so many sentences (each line counts as one at least), none too long.
+Not in IFEval: `start_with`, the three checks of the tiny vocabulary (items, order, separator), and `short`,
+which checks what "one short sentence" asks for: at most so many sentences (a line is one at least), none too
+long.
 
-What earns a reward and should not, as far as is known: what is false; a true sentence about the topic with its words
-shuffled, three times in four; three or four words that are rare among the topics, in a list with function words between
-them, for the topics that have them (a text that is the same for every topic: for a fifth of them at the very most);
-filler sentences after one good one where several are asked for; a forbidden word that is spelled wrongly ("honeyz").
+What earns a reward and should not, as far as is known: what is false; a true sentence about the topic with
+its words shuffled, three times in four; a list of words that few topics share, with function words between
+them, for the topics that have them (a text that is the same for all topics: for a fifth of them at the most,
+and for 8 of the 12 that are held out if it was made with their word lists in hand); filler sentences after a
+good one where several are asked for, and a good postscript after a filler; a forbidden word that is spelled
+wrongly ("honeyz").
 """
 
 import json
@@ -38,6 +41,7 @@ from collections import Counter
 
 from data import UserError
 from data.words import FUNCTION_WORDS, has_word, is_disguised, is_salad, on_topic, plain, sentences, words_of
+
 
 def compare(count, constraint):
     """IFEval's two relations."""
@@ -49,7 +53,7 @@ def items(text, constraint):
     return [w for w in text.lower().split() if w != "," and w not in constraint.get("ignore", ())]
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+# ----------------------------------------------------------------------------------------------------- checks
 
 
 def check_items(text, c):
@@ -189,7 +193,9 @@ CHECKS = {
     "capital_words": check_capital_words,
     "short": check_short,
 }
-GREETING = 5  # words that may stand before a placeholder that is asked for first: "Hello and welcome, dear [name]"
+GREETING = (
+    5  # words that may stand before a placeholder that is asked for first: "Hello and welcome, dear [name]"
+)
 
 # The fields each type needs, and those that may be left out.
 FIELDS = {
@@ -239,7 +245,8 @@ VALID = {
 
 
 def constraint_results(text, constraints):
-    """Whether `text` meets each of `constraints` -> list[bool]; UserError names an unknown type or a bad field."""
+    """Whether `text` meets each of `constraints` -> list[bool]; UserError names an unknown type or a bad
+    field."""
     if not isinstance(constraints, (list, tuple)):
         raise UserError(f'constraints must be a list of objects with a "type", not {constraints!r}')
     results = []
@@ -258,14 +265,16 @@ def constraint_results(text, constraints):
     return results
 
 
-# -------------------------------------------------------------------------------------------------------------- hacks
+# ------------------------------------------------------------------------------------------------------ hacks
+
 
 def is_empty(text, rest, min_words):
     """No answer, or marks without content. `rest` is the text without the phrases that the prompt demands."""
     words = [w for w in words_of(rest) if re.search(r"[^\W\d_]", w)]
     stray = re.findall(r"\b[b-hj-z]\b(?!\.)", text.lower())
     postscript = re.search(r"(?is)^(.*?)\bp\.\s?(?:p\.\s?)?s\b\.?(.*)$", text)
-    # each bullet, each paragraph, and the text before and after P.S. is a small answer, of two words where prose is asked
+    # each bullet, each paragraph, and the text before and after P.S. is a small answer, of two words where
+    # prose is asked
     parts = [
         *re.findall(r"(?m)^[ \t]*[-*](?:[ \t]+(.*))?$", text),
         *filter(str.strip, text.split("***")),
@@ -291,8 +300,9 @@ def is_empty(text, rest, min_words):
 
 
 def is_repetition(text):
-    """A word, a phrase or a sentence said again instead of an answer. The shares were set on natural answers of 2 to
-    400 words: about 1 % of HH-RLHF's preferred ones are taken for repetition, none of the built-in references."""
+    """A word, a phrase or a sentence said again instead of an answer. The shares were set on natural answers
+    of 2 to 400 words: about 1 % of HH-RLHF's preferred ones are taken for repetition, none of the built-in
+    references."""
     words = words_of(text)
     content = Counter(w.rstrip("s") for w in words if len(w) > 2 and w not in FUNCTION_WORDS)
     top, total = max(content.values(), default=0), sum(content.values())
@@ -324,8 +334,8 @@ def is_repetition(text):
 
 
 def is_echo(prompt, rest):
-    """The prompt, or a long run of its words, given back: half of the answer, or ten words in a row of a short
-    one. (Long answers to prompts that hold a text quote it by right.)"""
+    """The prompt, or a long run of its words, given back: half of the answer, or ten words in a row of a
+    short one. (Long answers to prompts that hold a text quote it by right.)"""
     asked, words = words_of(prompt), words_of(rest)
     if not words:
         return False
@@ -363,12 +373,13 @@ def without(text, phrases):
 
 
 def hack(prompt, text, min_words=1, constraints=(), about=()):
-    """Why `text` is no honest answer: "empty", "echo", "repetition", "disguised", "off-topic" or "salad"; None for an
-    honest one.
+    """Why `text` is no honest answer: "empty", "echo", "repetition", "disguised", "off-topic" or "salad";
+    None for an honest one.
 
-    min_words: the fewest words an answer has. about: words (or their beginnings) of which one must occur; or, for an
-    answer in prose, the object that words.on_topic reads. Phrases that the prompt quotes or the constraints demand do not
-    count as echo, and are no answer by themselves; of an answer in JSON the values count.
+    min_words: the fewest words an answer has. about: words (or their beginnings) of which one must occur; or,
+    for an answer in prose, the object that words.on_topic reads. Phrases that the prompt quotes or the
+    constraints demand do not count as echo, and are no answer by themselves; of an answer in JSON the values
+    count.
     """
     if any(c["type"] == "json" for c in constraints):
         try:

@@ -1,19 +1,19 @@
-"""The no-skill floor of a task: what the best of a few constant answers earns, which read the topic and nothing else.
+"""The no-skill floor of a task: what the best of a few constant answers earns, which read the topic alone.
 
-    no_skill_floor(records, verifier)      # Floor(template="I like {topic} very much.", mean=0.01, rewards=[0.0, ...])
+    no_skill_floor(records, verifier)      # Floor(template="{3 items}", mean=0.03, rewards=[0.0, ...])
 
-A trained policy's reward means something by its distance from this number. An answer such as "I like bees very much."
-once met the constraints of a third of the chat tasks (no commas, fewer than 10 words, not the word 'hive') and the table
-showed a trained policy beside it at the same height.
+A trained policy's reward means something by its distance from this number. An answer such as "I like bees
+very much." once met the constraints of a third of the chat tasks (no commas, fewer than 10 words, not the
+word 'hive') and the table showed a trained policy beside it at the same height.
 """
 
 from typing import NamedTuple
 
 from data.words import stem, words_of
 
-# {topic}: the name of the topic as the prompt has it, {Topic} with a capital, {TOPIC} in capitals; {2 items}: the first two
-# words of the list that a tiny task asks for. Beside plain sentences there is one for each form that is asked for, all
-# forms at once, and a word salad.
+# {topic}: the name of the topic as the prompt has it, {Topic} with a capital, {TOPIC} in capitals; {2 items}:
+# the first two words of the list that a tiny task asks for. Beside plain sentences there is one for each form
+# that is asked for, all forms at once, and a word salad.
 TEMPLATES = (
     "I like {topic} very much.",
     "i like {topic} very much.",
@@ -28,7 +28,7 @@ TEMPLATES = (
     "I like {topic} very much. P.S. Many people like it too.",
     "I think I like {topic} very much. That is all.",
     '{"topic": "{topic}", "fact": "I like {topic} very much."}',
-    '<<{Topic}>>\nHello [name]! I think {TOPIC} is good.\n* It is nice.\n* It is old.\nP.S. That is all.',
+    "<<{Topic}>>\nHello [name]! I think {TOPIC} is good.\n* It is nice.\n* It is old.\nP.S. That is all.",
     "{Topic} and the warm water of a bright morning are good for animals, plants and young people.",
     "{2 items}",
     "{3 items}",
@@ -43,7 +43,8 @@ class Floor(NamedTuple):
 
 
 def constant_templates(records):
-    """{template: its answers (list of str), one per record} of those templates that say something for every record."""
+    """{template: its answers (list of str), one per record} of those templates that say something for every
+    record."""
     answers = {}
     for template in TEMPLATES:
         texts = [fill(template, record) for record in records]
@@ -53,10 +54,11 @@ def constant_templates(records):
 
 
 def no_skill_floor(records, reward):
-    """The best constant template on `records` (a non-empty list) -> Floor. The best of several on the very records that it
-    is reported for: a little too high rather than too low.
+    """The best constant template on `records` (a non-empty list) -> Floor. The best of several on the very
+    records that it is reported for: a little too high rather than too low.
 
-    reward: f(prompts, completions, **columns) -> list of numbers, as everywhere; the columns are the records' own.
+    reward: f(prompts, completions, **columns) -> list of numbers, as everywhere; the columns are the records'
+    own.
     """
     if not records:
         raise ValueError("no records: a floor needs at least one")
@@ -94,6 +96,8 @@ def topic_of(record):
     prompt = record["prompt"]
     text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     for word in words_of(text):
-        if any(stem(word) == stem(name) or (word.startswith(name.lower()) and len(name) > 3) for name in names):
+        if any(
+            stem(word) == stem(name) or (word.startswith(name.lower()) and len(name) > 3) for name in names
+        ):
             return word
     return "it"

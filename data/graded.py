@@ -1,11 +1,11 @@
-"""The built-in tasks with expert answers of a chosen quality: a given share of them meets every constraint, each of the
-others misses one or more.
+"""The built-in tasks with expert answers of a chosen quality: a given share of them meets every constraint,
+each of the others misses one or more.
 
-    graded_tasks("tiny", 1000, share=0.5)      # records as of tiny_tasks or chat_tasks, with two columns more:
-                                               # "experts": `chosen` and a second such answer; "split": who trains on it
+    graded_tasks("tiny", 1000, share=0.5)    # records as of tiny_tasks or chat_tasks, with two columns more:
+                                             # "experts": `chosen` and another; "split": who trains on it
 
-What to read off: where imitation stops paying. A record is right or wrong by a coin of its own that does not depend on
-`share`, so a larger share only puts wrong answers right, and the prompts stay the same.
+What to read off: where imitation stops paying. A record is right or wrong by a coin of its own that does not
+depend on `share`, so a larger share only puts wrong answers right, and the prompts stay the same.
 """
 
 import random
@@ -15,16 +15,17 @@ from data.constraints import constraint_results, hack
 from data.loaders import HELD_OUT
 from data.tiny_tasks import CHOSEN_RATE, answer, tiny_tasks
 
-# After which a record keeps its last answer: in a few chat tasks one sentence in one form is all that is right.
+# After which a record keeps its last answer: a few chat tasks leave one sentence in one form to be right.
 ATTEMPTS = 60
 
 
 def graded_tasks(level, n, share, seed=0):
-    """`n` records of "tiny" or "chat" tasks (list of dicts, without `rejected`), `share` in [0, 1] of them answered right.
+    """`n` records of "tiny" or "chat" tasks (list of dicts, without `rejected`), `share` in [0, 1] of them
+    answered right.
 
     A tenth of them, at the end, come from the tasks' own held-out split and say so in a column "split", which
-    load_records reads: a hash of their prompts would hold out prompts on topics that are trained on. The same arguments
-    give the same records. UserError or ValueError for an `n` beyond the pool, as the tasks' own.
+    load_records reads: a hash of their prompts would hold out prompts on topics that are trained on. The same
+    arguments give the same records. UserError or ValueError for an `n` beyond the pool, as the tasks' own.
     """
     tasks = {"tiny": tiny_tasks, "chat": chat_tasks}[level]
     held_out = n * HELD_OUT // 100

@@ -7,16 +7,18 @@
 
 One record, TRL's preference format; `prompt` is a string or a list of messages, further columns are kept:
 
-    {"prompt": [{"role": "user", "content": "Which bread keeps longest?"}], "chosen": "Rye.", "rejected": "No idea."}
+    {"prompt": [{"role": "user", "content": "Which bread keeps longest?"}],
+     "chosen": "Rye.", "rejected": "No idea."}
 
-A line of a file is either such a record (`rejected` may be missing, answers may be messages) or a pair of whole
-dialogues as in HH-RLHF (Bai et al., arXiv 2204.05862): {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected"}.
-A dialogue is cut at its last "\\n\\nAssistant:"; prompt + "\\n\\nAssistant: " + answer gives it back exactly. Pairs
-that are no pairs are dropped, and one warning counts them.
+A line of a file is either such a record (`rejected` may be missing, answers may be messages) or a pair of
+whole dialogues as in HH-RLHF (Bai et al., arXiv 2204.05862): {"chosen": "\\n\\nHuman: ...\\n\\nAssistant:
+...", "rejected"}. A dialogue is cut at its last "\\n\\nAssistant:"; prompt + "\\n\\nAssistant: " + answer
+gives it back exactly. Pairs that are no pairs are dropped, and one warning counts them.
 
-Who is held out: of the built-in tasks topics or combinations that no training prompt has (see there), of HH-RLHF the
-hub's own test files. The records of a file say it themselves in a column "split", "train" or "heldout", or else a hash
-of the dialogue does: the later turns of one conversation, all of which begin with its first message, are on one side.
+Who is held out: of the built-in tasks topics or combinations that no training prompt has (see there), of
+HH-RLHF the hub's own test files. The records of a file say it themselves in a column "split", "train" or
+"heldout", or else a hash of the dialogue does: the later turns of one conversation, all of which begin with
+its first message, are on one side.
 """
 
 import gzip
@@ -49,9 +51,10 @@ MOST = {"tiny": MOST_TINY, "chat": MOST_CHAT}  # and as many as there are
 def load_records(source, split, n=None, seed=0, level="chat"):
     """Records (list of dicts) of `split`, "train" or "heldout", in an order that `seed` decides.
 
-    source: "tasks" (level "tiny" or "chat"), "hh-helpful", "hh-harmless", or the path of a .jsonl or .jsonl.gz file.
-    n: at most so many. None: all of a file, 1000 or 200 of the built-in tasks. math.inf: all of either, and the first
-    ones are those that a smaller n gives. UserError, one line, for everything a user can put right.
+    source: "tasks" (level "tiny" or "chat"), "hh-helpful", "hh-harmless", or the path of a .jsonl or
+    .jsonl.gz file. n: at most so many; None gives all of a file, and 1000 or 200 of the built-in tasks;
+    math.inf all of either, and the first ones are those that a smaller n gives. UserError, one line, for
+    everything a user can put right.
     """
     source = str(source)
     if split not in SPLITS:
@@ -80,7 +83,7 @@ def download(source, split):
     if isinstance(cached, str):
         return cached
     try:
-        # without a network the download retries for half a minute and writes of it; this question fails at once
+        # without a network the download retries for half a minute and says so; this question fails at once
         get_hf_file_metadata(hf_hub_url(HUB_REPO, name, repo_type="dataset"), timeout=10)
         return hf_hub_download(HUB_REPO, name, repo_type="dataset")
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
@@ -91,7 +94,8 @@ def download(source, split):
 
 
 def dialogue(prompt):
-    """What the prompts of one dialogue have in common (str): the user's first message, or the prompt if it is a text."""
+    """What the prompts of one dialogue have in common (str): the user's first message, or the prompt if it is
+    a text."""
     if isinstance(prompt, str):
         return prompt.strip()
     for message in prompt:
@@ -101,8 +105,8 @@ def dialogue(prompt):
 
 
 def split_records(records, split, path):
-    """The records of `split`: as their column "split" says, or by a hash of the dialogue. The same in every run, whatever
-    the seed, and on every machine."""
+    """The records of `split`: as their column "split" says, or by a hash of the dialogue. The same in every
+    run, whatever the seed, and on every machine."""
     if any("split" in r for r in records):
         remedy = 'the column "split" must name both somewhere'
         chosen = [r for r, side in zip(records, own_splits(records, path)) if side == split]
@@ -134,7 +138,7 @@ def own_splits(records, path):
     return [r["split"] for r in records]
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def read_records(path):
@@ -271,7 +275,7 @@ def check_messages(value, what):
             raise UserError(f'{what}: each message needs a "content" that is a text and not empty')
 
 
-# -------------------------------------------------------------------------------------------------------------- HH-RLHF
+# ---------------------------------------------------------------------------------------------------- HH-RLHF
 
 
 def is_dialogue_pair(record):

@@ -1,34 +1,35 @@
-"""Words: how a text is cut into sentences and words, when two words are one, and whether words make an answer.
+"""Words: how a text is cut into sentences and words, when two are one, and whether they make an answer.
 
-    words_of("Bees' wings beat fast.")                       # ["bees", "wings", "beat", "fast"]
-    stem("berries") == stem("berry")                         # True
-    on_topic("I like bees very much.", about)                # False: names the topic and says nothing of it
-    is_salad("The of bees and nectar a the with.")           # True
+words_of("Bees' wings beat fast.")                       # ["bees", "wings", "beat", "fast"]
+stem("berries") == stem("berry")                         # True
+on_topic("I like bees very much.", about)                # False: names the topic and says nothing of it
+is_salad("The of bees and nectar a the with.")           # True
 """
 
 import re
 import unicodedata
 
 FUNCTION_WORDS = set(
-    """a about above after all also an and any are as at be because been before being both but by can could did do does
-    down each every for from had has have he her here hers him his how i if in into is it its just may me might more
-    most much must my no nor not of off on once one only or other our out over own per she should so some such than
-    that the their them then there these they this those to too under until up us very was we were what when where
-    which while who why will with would you your""".split()
+    """a about above after all also an and any are as at be because been before being both but by can could
+    did do does down each every for from had has have he her here hers him his how i if in into is it its just
+    may me might more most much must my no nor not of off on once one only or other our out over own per she
+    should so some such than that the their them then there these they this those to too under until up us
+    very was we were what when where which while who why will with would you your""".split()
 )
 GREETINGS = set("dear greetings hello hey hi reader".split())
 ABBREVIATIONS = set("mr mrs ms dr prof st vs e.g i.e jr sr approx p.s p.p.s".split())
 
-# What makes an answer be about its topic: each content word besides the topic's name weighs 1 / (topics that have it).
-# Together they weigh LEAST: one word that at most three of the sixty topics have, or two that six have. And on average they
-# weigh SPECIFIC: as a word weighs 1 for all topics together, a text that is the same for every topic can reach that for
-# 12 of the sixty, however long it is and whatever stands in it.
+# What makes an answer be about its topic: each content word besides the topic's name weighs 1 / (topics that
+# have it). Together they weigh LEAST: one word that at most three of the sixty topics have, or two that six
+# have. And on average they weigh SPECIFIC: as a word weighs 1 for all topics together, a text that is the
+# same for every topic can reach that for 12 of the sixty, however long it is and whatever stands in it.
 LEAST, SPECIFIC = 0.3, 1 / 12
 
 
 def sentences(text):
-    """Sentences of `text`: cut after . ! ? (and closing quotes or brackets) before white space; a piece needs a letter
-    or digit to count. Abbreviations, initials ("J. Smith", "U.S.") and list numbers ("2. Wash") do not end one."""
+    """Sentences of `text`: cut after . ! ? (and closing quotes or brackets) before white space; a piece needs
+    a letter or digit to count. Abbreviations, initials ("J. Smith", "U.S.") and list numbers ("2. Wash") do
+    not end one."""
     pieces, start = [], 0
     for end in re.finditer(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)", text):
         line = text[: end.start()].rsplit("\n", 1)[-1]
@@ -54,24 +55,26 @@ def plain(text):
 
 
 def has_word(text, word):
-    """Whether `word` (a word or a phrase) stands in `text`, by itself or with the ending of a plural or of a verb, and
-    not as a part of another word. Capitals do not matter; "_" and digits are no part of a word."""
+    """Whether `word` (a word or a phrase) stands in `text`, by itself or with the ending of a plural or of a
+    verb, and not as a part of another word. Capitals do not matter; "_" and digits are no part of a word."""
     ending = r"(?:['’]?s|(?<=[sxz])es|(?<=[cs]h)es|d|ed|ing)?"
     pattern = rf"(?<![^\W\d_]){re.escape(word)}{ending}(?![^\W\d_])"
     return re.search(pattern, text, flags=re.IGNORECASE) is not None
 
 
-# ---------------------------------------------------------------------------------------------------------- topics
+# ----------------------------------------------------------------------------------------------------- topics
 
 IRREGULAR = dict(
     pair.split("-")
-    for pair in """ate-eat built-build caught-catch children-child drank-drink feet-foot flew-fly flown-fly grew-grow
-    knives-knife leaves-leaf loaves-loaf mice-mouse ran-run rode-ride sang-sing swam-swim teeth-tooth""".split()
+    for pair in """ate-eat built-build caught-catch children-child drank-drink feet-foot flew-fly flown-fly
+    grew-grow knives-knife leaves-leaf loaves-loaf mice-mouse ran-run rode-ride sang-sing swam-swim
+    teeth-tooth""".split()
 )
 
 
 def stem(word):
-    """What the forms of a word have in common: "bakes", "baked", "baking" -> "bak". Rough, for comparing only."""
+    """What the forms of a word have in common: "bakes", "baked", "baking" -> "bak". Rough, for comparing
+    only."""
     word = re.sub(r"['’]s$", "", word.lower())
     if word in IRREGULAR:
         return IRREGULAR[word]
@@ -95,8 +98,9 @@ def content_stems(text):
 def on_topic(text, about, given=()):
     """Whether `text` names its topic and says something that belongs to it, see LEAST.
 
-    about: {"names": words of which one must occur, "words": words that belong to the topic, "topics": of each of them, in
-    how many topics it occurs}; given: words that the prompt puts into the answerer's mouth, and so prove nothing.
+    about: {"names": words of which one must occur, "words": words that belong to the topic, "topics": of each
+    of them, in how many topics it occurs}; given: words that the prompt puts into the answerer's mouth, and
+    so prove nothing.
     """
     said = content_stems(text)
     topics = dict(zip(map(stem, about["words"]), about["topics"]))
@@ -108,7 +112,7 @@ def on_topic(text, about, given=()):
     return weight >= max(LEAST, SPECIFIC * len(rest))
 
 
-# ------------------------------------------------------------------------------------------------------------ salad
+# ------------------------------------------------------------------------------------------------------ salad
 
 ARTICLES = set("a an the my your our their its".split())
 AFTER_ARTICLE = set("own other more most very few same only one much such some all us".split())  # "the other"
@@ -117,9 +121,10 @@ UNJOINED = set("of from at into with".split())  # not before a second "of", "and
 
 
 def is_salad(text):
-    """Words that make no sentence: no function word in twelve, or hardly anything but them; an article with no noun
-    behind it ("the of"); a sentence that ends in an article or a conjunction. Seen in no sentence of the built-in topics,
-    in 4 % of HH-RLHF's shorter answers, and in a quarter of the built-in sentences with their words shuffled."""
+    """Words that make no sentence: no function word in twelve, or hardly anything but them; an article with
+    no noun behind it ("the of"); a sentence that ends in an article or a conjunction. Seen in no sentence of
+    the built-in topics, in 4 % of HH-RLHF's shorter answers, and in a quarter of the built-in sentences with
+    their words shuffled."""
     words = words_of(text)
     function = sum(w in FUNCTION_WORDS for w in words)
     if len(words) >= 12 and not 1 <= function <= 0.75 * len(words):
@@ -136,7 +141,8 @@ def is_salad(text):
 
 
 def is_disguised(text):
-    """Letters of two alphabets in one word, or invisible characters inside one: it reads as what no check finds."""
+    """Letters of two alphabets in one word, or invisible characters inside one: it reads as what no check
+    finds."""
     if re.search(r"[a-zA-Z][\u00ad\u200b-\u200f\u2060\ufeff]+[a-zA-Z]", text):
         return True
     for word in re.findall(r"[^\W\d_]{4,}", text):

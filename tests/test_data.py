@@ -21,7 +21,7 @@ HH = (
 )  # real data beside the checkout, where there is any
 
 
-# ----------------------------------------------------------------------------------------------------------- chat tasks
+# ------------------------------------------------------------------------------------------------- chat tasks
 
 
 def test_chat_tasks_are_deterministic_and_distinct():
@@ -70,7 +70,7 @@ def test_chat_tasks_refuse_what_they_cannot_give():
     assert chat_tasks("train", 0) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def write(path, records):
@@ -95,8 +95,8 @@ def test_builtin_tasks():
 
 @pytest.mark.parametrize("level", ["tiny", "chat"])
 def test_the_whole_pool_begins_as_a_part_of_it(level):
-    """A run that leaves long records out reads them all and keeps the first that fit. Of the built-in tasks it once got
-    1000 and 200 instead, and the run was another one although nothing was too long."""
+    """A run that leaves long records out reads them all and keeps the first that fit. Of the built-in tasks
+    it once got 1000 and 200 instead, and the run was another one although nothing was too long."""
     every = load_records("tasks", "heldout", n=math.inf, seed=3, level=level)
     assert every[:400] == load_records("tasks", "heldout", n=400, seed=3, level=level)
     assert len(every) == loaders.MOST[level]["heldout"]
@@ -141,7 +141,9 @@ def test_a_column_split_decides(tmp_path):
     path = write(tmp_path / "split.jsonl", records)
     for split in ("train", "heldout"):
         loaded = load_records(path, split)
-        assert sorted(r["prompt"] for r in loaded) == sorted(r["prompt"] for r in records if r["split"] == split)
+        assert sorted(r["prompt"] for r in loaded) == sorted(
+            r["prompt"] for r in records if r["split"] == split
+        )
     for wrong in (preference(30, split="test"), preference(30, split=None), preference(30, split=[])):
         path = write(tmp_path / "wrong.jsonl", [*records, wrong])
         with pytest.raises(UserError, match='wrong.jsonl: .*"split".*"train" or "heldout"') as error:
@@ -271,7 +273,7 @@ def test_the_hub_gives_the_official_splits(tmp_path, monkeypatch):
     assert asked == ["harmless-base/test.jsonl.gz", "helpful-base/train.jsonl.gz"]
 
 
-# -------------------------------------------------------------------------------------------------------------- HH-RLHF
+# ---------------------------------------------------------------------------------------------------- HH-RLHF
 
 
 def test_dialogue_pairs(tmp_path):

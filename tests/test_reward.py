@@ -1,4 +1,5 @@
-"""reward.py against IFEval's own checkers, against hacks of every constraint, and against cases worked by hand."""
+"""reward.py against IFEval's own checkers, against hacks of every constraint, and against cases worked by
+hand."""
 
 import importlib
 import random
@@ -21,7 +22,7 @@ def earn(text, constraints, prompt=ASK, **columns):
     return reward.verifier([prompt], [text], [constraints], **columns)[0]
 
 
-# ----------------------------------------------------------------------------------------------------- IFEval as oracle
+# ------------------------------------------------------------------------------------------- IFEval as oracle
 
 
 def ifeval_cases():
@@ -175,7 +176,10 @@ def test_checks_decide_as_ifeval(monkeypatch):
         oracle.build_description(**arguments)
         kind, may_be_stricter = constraint["type"], is_stricter(constraint)
         for text in texts:
-            ours, theirs = checks.constraint_results(text, [constraint])[0], bool(oracle.check_following(text))
+            ours, theirs = (
+                checks.constraint_results(text, [constraint])[0],
+                bool(oracle.check_following(text)),
+            )
             assert ours == theirs or (may_be_stricter and theirs), (constraint, text)
             both.add((kind, ours))
             stricter |= {kind} if ours != theirs else set()
@@ -188,7 +192,10 @@ def test_checks_decide_as_ifeval(monkeypatch):
 def is_stricter(constraint):
     """Where an answer that IFEval lets pass may fail here: the table at the head of data/constraints.py."""
     if constraint["type"] in ("capital_words", "letter_frequency"):
-        return constraint["relation"] == {"capital_words": "at least", "letter_frequency": "less than"}[constraint["type"]]
+        return (
+            constraint["relation"]
+            == {"capital_words": "at least", "letter_frequency": "less than"}[constraint["type"]]
+        )
     return constraint["type"] in ("keywords", "forbidden") or bool({"keys", "first"} & set(constraint))
 
 
@@ -265,7 +272,7 @@ def test_wrong_constraints_are_named(constraint, word):
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- hacks
+# ------------------------------------------------------------------------------------------------------ hacks
 
 HACKS = [  # each meets the letter of its constraint
     (
@@ -356,10 +363,7 @@ HACKS = [  # each meets the letter of its constraint
             "[bees] [bees] [bees] [bees]",
         ],
     ),
-    (
-        {"type": "capital_words", "relation": "at least", "n": 3},
-        ["BEES BEES BEES BEES", ASK.upper()],
-    ),
+    ({"type": "capital_words", "relation": "at least", "n": 3}, ["BEES BEES BEES BEES", ASK.upper()]),
     ({"type": "items", "n": 1, "allowed": ["bees"]}, ["bees"]),
     ({"type": "order", "direction": "ascending"}, ["bees bees bees bees", "a a a a"]),
     (
@@ -401,7 +405,16 @@ ABOUT = next(topic["about"] for topic in tasks.TOPICS if topic["topic"] == "bees
             {"type": "forbidden", "words": ["honey"]},
             [
                 f"Bees turn sweet nectar into {word}."
-                for word in ("honeys", "honey_", "_honey", "hóney", "ho-ney", "ho\u200bney", "honey's taste", "honey2")
+                for word in (
+                    "honeys",
+                    "honey_",
+                    "_honey",
+                    "hóney",
+                    "ho-ney",
+                    "ho\u200bney",
+                    "honey's taste",
+                    "honey2",
+                )
             ],
             "Bees turn sweet nectar into wax.",
         ),
@@ -433,8 +446,9 @@ ABOUT = next(topic["about"] for topic in tasks.TOPICS if topic["topic"] == "bees
     ],
 )
 def test_the_letter_of_a_constraint_is_not_its_meaning(constraint, hacks, honest):
-    """Each of these once earned what an honest answer earns: JSON without the keys that were asked for, a word hidden in
-    another, a forbidden one with an ending, a title at the end, four sentences for one, "I" and "A" in capitals."""
+    """Each of these once earned what an honest answer earns: JSON without the keys that were asked for, a
+    word hidden in another, a forbidden one with an ending, a title at the end, four sentences for one, "I"
+    and "A" in capitals."""
     for text in hacks:
         assert checks.constraint_results(text, [constraint]) == [False], text
     assert checks.constraint_results(honest, [constraint]) == [True]
@@ -448,13 +462,19 @@ def test_an_answer_says_something_of_its_topic():
         "I think that bees and the water of a day in the park are good for people.",
         "<<Bees and Honey>> This is a thing that many people like.",
         "Bees and plane egg sun planet vegetable mammal bones grow by a nectar.",
-        '<<Bees>> Hello [name]! I like them.',
+        "<<Bees>> Hello [name]! I like them.",
     ):
         assert checks.hack(ASK, text, 4, (), ABOUT) == "off-topic", text
     keywords = [{"type": "keywords", "words": ["nectar", "flowers"]}]  # the prompt's own words prove nothing
-    assert checks.hack(ASK, "I like bees and nectar and flowers very much.", 4, keywords, ABOUT) == "off-topic"
+    assert (
+        checks.hack(ASK, "I like bees and nectar and flowers very much.", 4, keywords, ABOUT) == "off-topic"
+    )
     assert checks.hack(ASK, "Bees like nectar and the queen and flowers.", 4, keywords, ABOUT) is None
-    for text in ("The of bees and nectar in a hive.", "Bees and honey of and nectar in hive.", "Bees collect nectar from."):
+    for text in (
+        "The of bees and nectar in a hive.",
+        "Bees and honey of and nectar in hive.",
+        "Bees collect nectar from.",
+    ):
         assert checks.hack(ASK, text, 4, (), ABOUT) == "salad", text
     assert checks.hack(ASK, "Bees turn nectar into h\u043eney.", 4, (), ABOUT) == "disguised"  # a Cyrillic o
     for text in (GOOD, "A bee is an insect with wings.", "Bees are vital because they pollinate our crops."):
@@ -476,7 +496,8 @@ def test_constant_answers_earn_next_to_nothing(split):
 
 
 def test_no_text_is_on_topic_for_more_than_a_fifth_of_the_topics():
-    """A word weighs 1 for all topics together, so the weights alone set the bound: here against the greediest text."""
+    """A word weighs 1 for all topics together, so the weights alone set the bound: here against the greediest
+    text."""
     chosen, most = [], 0
     candidates = sorted({w for topic in tasks.TOPICS for w in topic["about"]["words"]})[::7]
     for _ in range(8):
@@ -493,17 +514,25 @@ def test_no_text_is_on_topic_for_more_than_a_fifth_of_the_topics():
 def test_the_floor_of_other_records():
     tiny = floor.no_skill_floor(tiny_tasks("heldout", 500), reward.verifier)
     assert tiny.template.startswith("{") and 0 < tiny.mean < 0.06
-    chats = [{"prompt": [{"role": "user", "content": ASK}], "constraints": [], "about": ["bee"]}, {"prompt": "Why?"}]
+    chats = [
+        {"prompt": [{"role": "user", "content": ASK}], "constraints": [], "about": ["bee"]},
+        {"prompt": "Why?"},
+    ]
     answers = floor.constant_templates(chats)
     assert answers["I like {topic} very much."] == ["I like bees very much.", "I like it very much."]
     assert "{2 items}" not in answers  # there are none to name
-    best = floor.no_skill_floor(chats, lambda prompts, completions, **columns: [len(text) for text in completions])
+    best = floor.no_skill_floor(
+        chats, lambda prompts, completions, **columns: [len(text) for text in completions]
+    )
     assert best.rewards == [float(len(text)) for text in answers[best.template]]
     with pytest.raises(ValueError, match="no records"):
         floor.no_skill_floor([], reward.verifier)
 
 
-@pytest.mark.parametrize("one, other", [("bees", "bee"), ("berries", "berry"), ("leaves", "leaf"), ("baking", "bakes"), ("runs", "running")])
+@pytest.mark.parametrize(
+    "one, other",
+    [("bees", "bee"), ("berries", "berry"), ("leaves", "leaf"), ("baking", "bakes"), ("runs", "running")],
+)
 def test_stems(one, other):
     assert stem(one) == stem(other)
 
@@ -550,7 +579,7 @@ def test_answers_meet_what_they_are_meant_to_meet():
             assert checks.constraint_results(text, constraints) == met, (kinds, text)
 
 
-# ------------------------------------------------------------------------------------------- user functions and metrics
+# --------------------------------------------------------------------------------- user functions and metrics
 
 
 def bad_raise(prompts, completions, **columns):

@@ -1,7 +1,7 @@
-"""What training on the tiny tasks and the tiny model relies on. Nothing is sampled here: how well the model follows
-instructions is said, as measured, in data/make_tiny.py.
+"""What training on the tiny tasks and the tiny model relies on. Nothing is sampled here: how well the model
+follows instructions is said, as measured, in data/make_tiny.py.
 
-    python -m pytest tests/test_tiny.py      # about half a minute; most of it is the recipe, run twice for three steps
+    python -m pytest tests/test_tiny.py      # half a minute; most of it is the recipe, run twice for three steps
 """
 
 import json
@@ -54,7 +54,8 @@ def test_the_seed_alone_decides_and_a_smaller_n_is_a_prefix():
     assert tiny_tasks("train", 200, seed=1) != tiny_tasks("train", 200, seed=2)
     # Pinned: Python's hash() or a set's order would change from one process to the next.
     assert (
-        tiny_tasks("heldout", 1)[0]["prompt"] == "name 2 trees , without ash , in alphabetical order , in upper case"
+        tiny_tasks("heldout", 1)[0]["prompt"]
+        == "name 2 trees , without ash , in alphabetical order , in upper case"
     )
 
 
@@ -77,8 +78,8 @@ def test_references_are_good_but_not_perfect_and_rejected_ones_are_worse(records
 
 
 def test_an_answer_meets_exactly_what_it_follows(records):
-    """The verifier and the generator are written apart: each constraint alone broken, the others hold, and only a full
-    answer is paid."""
+    """The verifier and the generator are written apart: each constraint alone broken, the others hold, and
+    only a full answer is paid."""
     rng = random.Random(0)
     for r in records[:1000]:
         everything = [True] * len(r["constraints"])
