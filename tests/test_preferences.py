@@ -76,6 +76,8 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
             ],
             "chosen": "red " * (1 + 59 * (i // 30 % 2)),
             "rejected": "cat",
+            # a file that splits by turn, against better advice: six long ones, four short ones
+            "split": "heldout" if i in range(30, 36) or i in range(6, 10) else "train",
         }
         for i in range(90)
     ]
