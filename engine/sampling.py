@@ -176,18 +176,22 @@ class HFDecoder:
         ).last_hidden_state
 
 
-def prepack(weight):
-    """On a CPU, bf16 weights in oneDNN's own layout: F.linear would reorder them at every call, which takes longer than multiplying."""
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.bfloat16
-        or not torch.backends.mkldnn.is_available()
-    ):
+def prepack(weight: torch.Tensor) -> torch.Tensor:
+    """On an x86 CPU, a weight (out, in) in oneDNN's own blocked layout, for `linear` below; elsewhere as it is.
+
+    F.linear reads the plain layout at every call, and with the few rows of a decoded position that takes longer
+    than multiplying: in fp32 on AVX2 packing took a rollout of 8 x 64 tokens from 20.6 s to 14.2. oneDNN multiplies
+    bf16 only from AVX512 on (its presence alone says nothing), so there bf16 weights stay plain.
+    """
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    packed = weight.dtype == torch.float32 and "AVX" in torch.backends.cpu.get_cpu_capability()
+    packed |= weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if packed else weight
 
 
-def linear(x, weight, bias):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b for a weight from `prepack`. Its slow twin is F.linear on the weight before packing."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

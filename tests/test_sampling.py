@@ -1,10 +1,14 @@
 """Drawing tokens, and the decode loop against transformers' own generate and against the scores."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import END_OF_TEXT, END_OF_TURN, FAMILIES, WORDS, random_ids
+import torch.nn.functional as F
+from conftest import END_OF_TEXT, END_OF_TURN, FAMILIES, ROOT, WORDS, random_ids
 from peft.tuners.lora import LoraLayer
 
 from engine import sampling
@@ -218,3 +222,50 @@ def test_bf16_samples_are_close_to_bf16_scores(load):
     policy = load(dtype="bfloat16")
     rollout = policy.generate(PROMPTS, 4, max_new_tokens=8)
     assert_scores_agree(policy, PROMPTS, rollout, 1.0, tolerance=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# Packed weights
+
+X86 = "AVX" in torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.mark.skipif(not X86, reason="oneDNN's packed layout is used on x86 CPUs only")
+@pytest.mark.parametrize("rows", (1, 8, 300))
+def test_a_packed_product_is_the_plain_one(rows):
+    """The slow twin is F.linear on the weight before packing. What was packed is no copy in the plain layout."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in [(rows, 1, 70), (45, 70), (45,)])
+    packed = sampling.prepack(weight)
+    assert packed.is_mkldnn
+    for b in (bias, None):
+        torch.testing.assert_close(sampling.linear(x, packed, b), F.linear(x, weight, b), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ("qwen3", "qwen2"))
+def test_packing_changes_no_fp32_token(shared, monkeypatch, family):
+    """Packed for speed alone: the tokens are those of plain weights, and so are their log-probabilities."""
+    policy = shared(family)
+    packed = policy.generate(PROMPTS, 8, max_new_tokens=30, temperature=1.5)
+    monkeypatch.setattr(sampling, "prepack", lambda weight: weight)
+    plain = policy.generate(PROMPTS, 8, max_new_tokens=30, temperature=1.5)
+    assert packed.completions == plain.completions
+    for ours, theirs in zip(itertools.chain(*packed.logps), itertools.chain(*plain.logps)):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not X86, reason="the variables name x86 instruction sets")
+def test_bf16_on_a_cpu_without_avx512():
+    """Most laptops: oneDNN is there, but refuses bf16 weights. --dtype bfloat16 ended in its RuntimeError."""
+    program = (
+        "from policy import Policy\n"
+        "policy = Policy.load('tiny', quantize='none', device='cpu', dtype='bfloat16')\n"
+        "rollout = policy.generate([policy.encode_prompt('list 3 animals')], 2, max_new_tokens=4)\n"
+        "policy.token_logps([[5, 6]], [rollout.completions[0]]).logps.sum().backward()\n"
+        "print('sampled', len(rollout.completions[0]))"
+    )
+    avx2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | avx2, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "sampled 2" in done.stdout, done.stderr
