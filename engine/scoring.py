@@ -334,6 +334,26 @@ def shared_prefix_attention(module, query, key, value, attention_mask, *, layout
 ALL_ATTENTION_FUNCTIONS.register("shared_prefix", shared_prefix_attention)
 
 
+@torch.no_grad()
+def packing_error(hf: torch.nn.Module, words: list) -> float:
+    """How far states of two texts in one Pack are from those that each has alone, with the model's own
+    attention.
+
+    Relative, of the norms. Where it is not small, tokens reach each other past the attention function
+    (convolutions, recurrences, ALiBi), and every score would be wrong without a number that looks it. words:
+    token ids of a text.
+    """
+    texts = [(words * 6)[:6], (words[::-1] * 6)[:6]]
+    pack = Pack([t[:3] for t in texts], [[t[3:]] for t in texts], hf.device)
+    packed = hf.base_model(input_ids=pack.ids, position_ids=pack.positions, use_cache=False, layout=pack)
+    # (1, 12, D): both prompts, then both completions -> both texts.
+    packed = packed.last_hidden_state.view(2, 2, 3, -1).transpose(0, 1).flatten(1, 2).float()
+    with plain_attention(hf):
+        alone = hf.base_model(input_ids=torch.tensor(texts, device=hf.device), use_cache=False)
+    alone = alone.last_hidden_state.float()
+    return float((packed - alone).norm() / alone.norm())
+
+
 @dataclass
 class Scored:
     """What the policy thinks of given completions; every field (B, G, T), 0 where mask is False."""
