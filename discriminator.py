@@ -29,7 +29,7 @@ from data import UserError, load_records
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from engine.command_line import parse
-from engine.measures import accuracy, bootstrap_interval
+from engine.measures import accuracy, bootstrap_interval, right
 from engine.models import whole_directory
 from engine.record import environment, write_whole
 from engine.scoring import Pack
@@ -284,15 +284,15 @@ def measure(policy, known, unseen, most):
     often on the `known` pairs. Ties count half; intervals are 95 % bootstrap intervals over prompts.
     """
     D = group_scores(policy, ROLE, [p[0] for p in unseen], [[p[1], p[2]] for p in unseen], most)
-    right = np.array([(e > o) + 0.5 * (e == o) for e, o in D])
+    correct = right([expert for expert, _ in D], [sample for _, sample in D])
     gap = np.array([len(p[1]) - len(p[2]) for p in unseen])  # tokens, expert - policy
     direction = 1 if sum(np.sign(len(p[1]) - len(p[2])) for p in known) >= 0 else -1
     by_length = 0.5 + 0.5 * np.sign(gap) * direction
     rows = [
-        ("all", right),
-        ("expert shorter", right[gap < 0]),
-        ("same length", right[gap == 0]),
-        ("expert longer", right[gap > 0]),
+        ("all", correct),
+        ("expert shorter", correct[gap < 0]),
+        ("same length", correct[gap == 0]),
+        ("expert longer", correct[gap > 0]),
     ]
     rows.append((f"length alone: the {'longer' if direction > 0 else 'shorter'} one", by_length))
     return [(name, len(x), float(x.mean()), *bootstrap_interval(x)) for name, x in rows if len(x)]

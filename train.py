@@ -22,9 +22,10 @@ from tqdm import tqdm
 from data import UserError, load_records
 from engine.command_line import exit_status, parse
 from engine.draw import draw_curves
-from engine.measures import report, summary
+from engine.measures import summary
 from engine.models import first_line, trim_memory
 from engine.record import RunFolder, peak_memory, read_jsonl
+from engine.report import report
 from engine.settings import check_settings
 from policy import Policy
 from reward import checked_rewards, load_model_reward, verifier
@@ -515,7 +516,8 @@ def evaluation(samples):
     measures = {
         name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")
     } | means
-    return {f"eval/{name}": value for name, value in measures.items()}
+    # eval/low and eval/high are None, and not logged, where the prompts are too few for an interval
+    return {f"eval/{name}": value for name, value in measures.items() if value is not None}
 
 
 def postfix(metrics):

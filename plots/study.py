@@ -18,6 +18,7 @@ import numpy as np
 from data import UserError
 from data.loaders import HUB_FOLDERS, download, read_records
 from engine.command_line import OneLineParser
+from engine.measures import compare
 from engine.models import first_line, whole_directory
 from engine.record import read_jsonl
 
@@ -25,6 +26,7 @@ TEXTS = 8  # held-out answers kept as text
 COLUMNS = (
     "reward",
     "reference_reward",
+    "floor_reward",
     "tokens",
     "reference_tokens",
     "truncated",
@@ -181,9 +183,10 @@ def matrix(logs, name, measure, seeds=None):
         before, after = logs[name][seed].before, logs[name][seed].after
         judged = "judge_" if "judge_reward" in after else ""
         if measure == "ras":
-            rows.append((after[judged + "reward"] > after[judged + "reference_reward"]).astype(float))
+            signs = compare(after[judged + "reward"], after[judged + "reference_reward"])
+            rows.append((signs > 0).astype(float))
         elif measure == "nag":
-            rows.append(np.sign(after[judged + "reward"] - before[judged + "reward"]))
+            rows.append(compare(after[judged + "reward"], before[judged + "reward"]))
         else:
             rows.append(after[judged + "reward" if measure == "judged" else measure])
     if len({len(row) for row in rows}) > 1:

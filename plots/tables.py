@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from engine.measures import compare
 from plots import suites
 from plots.statistics import compare_paired, holm, reach_ratio, two_level_interval
 from plots.study import common_seeds, matrix
@@ -155,7 +156,7 @@ def comparison(logs):
         [
             LABELS["base"],
             len(some),
-            interval(base[prefix + "reward"] > base[prefix + "reference_reward"], percent=True),
+            interval(compare(base[prefix + "reward"], base[prefix + "reference_reward"]) > 0, percent=True),
             "",
             interval(base["reward"]),
             *([interval(base["judge_reward"])] if judged else []),
@@ -196,7 +197,8 @@ def comparison(logs):
     text += f"Mean reward of the references: {share:.3f}."
     if judged:
         text += " RAS and NAG are by the second reward model, which no run was trained with: its raw scores, without the mean reward's penalty for a cut answer."
-    return text + "\n\n" + paired(logs, names, "judged" if judged else "reward") + "\n" + paper(logs, names)
+    text += "\n" + floor_note(logs, names)
+    return text + "\n" + paired(logs, names, "judged" if judged else "reward") + "\n" + paper(logs, names)
 
 
 def paired(logs, names, measure):
@@ -341,7 +343,17 @@ def plain(logs, names, extra=()):
                 *(column(name) for _, column in extra),
             ]
         )
-    return markdown(header, rows) + missing_note(logs, names)
+    return markdown(header, rows) + missing_note(logs, names) + floor_note(logs, names)
+
+
+def floor_note(logs, names):
+    """What the best constant answer earns on the same prompts: a reward says something by its distance from it. Logs of a reward
+    without such answers have none."""
+    for name in present(logs, names):
+        after = next(iter(logs[name].values())).after
+        if "floor_reward" in after:
+            return f"\nNo-skill floor, the best of a few constant answers: {np.mean(after['floor_reward']):.3f}.\n"
+    return ""
 
 
 def ablations(logs):
@@ -387,9 +399,8 @@ def quality(logs):
                 *[interval(matrix(logs, "grpo-quality1", "reward"))] * len(suites.SHARES),
             ]
         )
-    return markdown(
-        ["mean reward, by share of right references", *(f"{share:.0%}" for share in suites.SHARES)], rows
-    ) + crossings(logs)
+    header = ["mean reward, by share of right references", *(f"{share:.0%}" for share in suites.SHARES)]
+    return markdown(header, rows) + crossings(logs) + floor_note(logs, sorted(logs))
 
 
 def crossings(logs):

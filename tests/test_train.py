@@ -17,9 +17,10 @@ import minigrao
 import train
 from data import UserError
 from engine.command_line import parse
-from engine.measures import report, summary
+from engine.measures import summary
 from engine.metrics import METRICS
 from engine.record import RunFolder, read_jsonl
+from engine.report import report
 from engine.settings import check_settings
 from minigrao import GRAO
 
@@ -210,6 +211,7 @@ def test_learning_rate_schedule(kind, values):
 def test_report_by_hand():
     one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False}
     before = [one | {"reward": r, "reference_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
+    one["completion"] = "d"  # the same text would be a tie, whatever it earned
     after = [one | {"reward": r, "reference_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
     assert summary(after)["reward"] == 0.75 and summary(after)["ras"] == {
         "win": 0.25,
