@@ -66,13 +66,14 @@ def shown_default(config_class, f):
     return "" if f.default is None or f.type is bool else f" [{f.default}]"
 
 
-def choose_command(configs, argv, description, program):
+def choose_command(configs, argv, description):
     """The first word of a command line, and the flags behind it -> (word, argv without it).
 
-    configs: {word: dataclass}; with a dataclass under "", the word may be left out. --help in its place is
+    configs: a dict by first words; with an entry for "", the word may be left out. --help in its place is
     answered. UserError for any other word.
     """
     word = argv[0] if argv else ""
+    program = Path(sys.argv[0]).name.partition(" ")[0]
     if "" in configs and (word == "" or word.startswith("-")):
         return "", argv
     words = [name for name in configs if name]
@@ -87,31 +88,33 @@ def choose_command(configs, argv, description, program):
     return word, argv[1:]
 
 
-def answer_early(configs, description, argv=None, program=None):
+def answer_early(configs, description, argv=None):
     """Answer --help and mistyped flags at once, and exit; return where the flags are right.
 
     configs: a config dataclass, or {first word: dataclass}, see choose_command; description: the text of
-    --help, or {first word: text}. To be called before the imports that take seconds:
+    --help. To be called before the imports that take seconds:
 
         if __name__ == "__main__":
             answer_early(GraoConfig, __doc__)
 
         import torch
     """
-    argv = sys.argv[1:] if argv is None else argv
+    answer(lambda: check_flags(configs, description, sys.argv[1:] if argv is None else argv))
+
+
+def answer(read_flags):
+    """answer_early for a program with a parser of its own: what read_flags() raises is its answer."""
     try:
-        check_flags(configs, description, argv, Path(program or sys.argv[0]).name)
+        read_flags()
     except UserError as error:
         sys.exit(tell(error))
 
 
-def check_flags(configs, description, argv, program):
+def check_flags(configs, description, argv):
     """UserError for a flag that is unknown, not a number, or out of its range."""
     if isinstance(configs, dict):
-        whole = description if isinstance(description, str) else description.get("", "")
-        word, argv = choose_command(configs, argv, whole, program)
+        word, argv = choose_command(configs, argv, description)
         configs = configs[word]
-        description = description if isinstance(description, str) else description[word]
     check_ranges(configs(**parse(configs, argv, description)))
 
 
@@ -128,6 +131,8 @@ def exit_status(work, stopped="stopped at once; what was saved at the last check
     warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
         return 130 if work() is None else 0
+    except HelpShown:
+        return 0
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
         return 130

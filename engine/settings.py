@@ -1,8 +1,8 @@
 """Settings: every flag is defined here, once, with its unit.
 
 A method's own settings are a dataclass derived from `Config`; the command line is made from its fields. To
-change a default, look at the field, or at PRESETS where it depends on the model. torch is not imported here, see
-engine/command_line.py.
+change a default, look at the field, or at PRESETS where it depends on the model. Like engine/command_line.py
+this does not import torch.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ def setting(default, help, low=None, high=None, choices=None, above=None):
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, above=above))
 
 
-# What a setting left at None becomes: by the model, for one of 1.3 M parameters and a chat model differ widely.
+# What a setting left at None becomes, by the model: 1.3 M parameters and a chat model differ in everything.
 PRESETS = {
     "tiny": dict(
         quantize="nf4",
@@ -170,6 +170,38 @@ def same(name):
     """The field `name` of Config, for another command's dataclass."""
     f = Config.__dataclass_fields__[name]
     return field(default=f.default, metadata=f.metadata)
+
+
+@dataclass
+class DiscriminatorConfig:
+    """python uniapl.py discriminator; here, because discriminator.py imports torch."""
+
+    presets = {"tiny": dict(lr=3e-3, pairs=1024, epochs=4), "chat": dict(lr=3e-4, pairs=256, epochs=1)}
+
+    model: str = same("model")
+    quantize: str = same("quantize")
+    data: str = setting(
+        "tasks",
+        "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it",
+    )
+    from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
+    pairs: int = setting(
+        None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6
+    )
+    test_pairs: int = setting(256, "held-out prompts to test on", low=2, high=10**5)
+    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
+    lr: float = setting(None, "learning rate of AdamW", above=0, high=1)
+    max_new_tokens: int = same("max_new_tokens")
+    temperature: float = same("temperature")
+    lora_rank: int = same("lora_rank")
+    lora_alpha: int = same("lora_alpha")
+    micro_batch_tokens: int = same("micro_batch_tokens")
+    gradient_checkpointing: str = same("gradient_checkpointing")
+    seed: int = same("seed")
+    device: str = same("device")
+    dtype: str = same("dtype")
+    out: str = setting(None, "directory to write")
+    overwrite: bool = setting(False, "replace an earlier discriminator in --out")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = [["minigrao.py"]]
+PROGRAMS = [
+    ["minigrao.py"],
+    ["uniapl.py"],
+    ["uniapl.py", "discriminator"],
+    ["baselines.py", "ppo"],
+    ["reward.py", "train"],
+    ["policy.py"],
+]
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=" ".join)
