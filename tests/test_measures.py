@@ -17,6 +17,7 @@ from engine.measures import (
     summary,
 )
 from engine.report import alarms, by_reward, opening, report
+from reward import ModelReward
 
 
 def test_one_text_scored_in_two_batches_is_a_tie():
@@ -62,6 +63,22 @@ def test_every_measure_of_pairs_calls_the_same_pairs_ties():
         found["by_length"]
     )
     assert calibration(better, worse)["bins"] == [{"n": 4, "confidence": pytest.approx(0.5), "accuracy": 0.5}]
+
+
+def test_a_pairwise_reward_calls_the_same_differences_ties():
+    scores = {"y": 1.0, "rounding": 1.0 + 1e-7, "better": 1.5, "worse": -2.0, "near": 1.2}
+
+    def scorer(prompts, groups):
+        return [[scores[text] for text in group] for group in groups]
+
+    answers = ["rounding", "better", "worse", "near", "y", "y", "better"]
+    cut = [False, False, False, False, False, True, True]
+    prompts, chosen = ["q"] * len(answers), ["y"] * len(answers)
+    reward = ModelReward(scorer, "rm", missing_eos_penalty=0.9, pairwise=True)
+    assert reward(prompts, answers, truncated=cut, chosen=chosen) == [0, 1, -1, 1, 0, -1, -1]
+    band = ModelReward(scorer, "rm", missing_eos_penalty=0.9, pairwise=True, tie_band=0.3)
+    assert band(prompts, answers, truncated=cut, chosen=chosen) == [0, 1, -1, 0, 0, -1, -1]
+    assert reward(prompts, chosen, chosen=chosen) == [0] * len(answers)
 
 
 ANSWER = {"prompt": "p", "reference": "r", "tokens": 2, "truncated": False, "reference_reward": 1.0}
