@@ -87,10 +87,10 @@ class Trainer:
         shorter = config.max_prompt_tokens or config.max_reference_tokens
         wanted = {"records": config.steps * config.prompts_per_step, "held_out": config.eval_prompts}
         self.records = load_records(
-            config.data, "train", None if shorter else wanted["records"], seed=config.seed, level=level
+            config.data, "train", math.inf if shorter else wanted["records"], seed=config.seed, level=level
         )
         self.held_out = load_records(
-            config.data, "heldout", None if shorter else wanted["held_out"], seed=0, level=level
+            config.data, "heldout", math.inf if shorter else wanted["held_out"], seed=0, level=level
         )
         if self.reward_fn is verifier and not all("constraints" in r for r in self.records + self.held_out):
             raise UserError(

@@ -1,12 +1,14 @@
-"""The grid as data: every command line is one its program takes, budgets are equal, and the re-weighted ablation is the identity's."""
+"""The grid as data: every command line is one its program takes, budgets are equal, and the re-weighted
+ablation is the identity's."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
 import uniapl
-from data import UserError
+from data import UserError, load_records
 from data.graded import graded_tasks
 from engine.command_line import parse
 from engine.settings import check_settings
@@ -118,7 +120,8 @@ def test_the_best_rate_of_a_sweep_is_taken_and_each_stage_takes_its_own(tmp_path
 
 @pytest.mark.parametrize("beta, lam", [(0.5, 0.6), (0.0, 0.3), (2.0, 1.2)])
 def test_the_equivalent_run_has_the_same_gradient_but_for_a_factor(beta, lam):
-    """Eq. (3) is (1 + lam) times the objective without the regulariser at another beta, so a clip scaled along clips it alike."""
+    """Eq. (3) is (1 + lam) times the objective without the regulariser at another beta, so a clip scaled
+    along clips it alike."""
     generator = torch.Generator().manual_seed(0)
     rewards, references = (
         torch.randint(0, 2, (5, 8), generator=generator).double(),
@@ -139,7 +142,7 @@ def test_the_equivalent_run_has_the_same_gradient_but_for_a_factor(beta, lam):
     assert clip == pytest.approx(1 / (1 + lam)) and dataclasses.is_dataclass(suites.SUITES["tiny"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # References of a chosen quality
 
 
@@ -163,3 +166,20 @@ def test_graded_references_are_right_as_often_as_asked(level):
     assert (
         sum(r["experts"][0] != r["experts"][1] for r in by_share[1.0]) > 150
     )  # a second one, for a discriminator to learn from
+
+
+@pytest.mark.parametrize("level", ["tiny", "chat"])
+def test_graded_files_hold_out_what_their_tasks_hold_out(level, tmp_path):
+    """Held-out prompts of a graded file once stood on the topics that it trains on, and a third of their
+    expert answers in its training records, while those of the other parts did not."""
+    path = tmp_path / "quality.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in graded_tasks(level, 600, 1.0)))
+    train, heldout = load_records(path, "train"), load_records(path, "heldout")
+    assert (len(train), len(heldout)) == (540, 60)
+    for split, records in (("train", train), ("heldout", heldout)):
+        own = {r["prompt"]: r for r in load_records("tasks", split, n=len(records), level=level)}
+        assert {r["prompt"] for r in records} == set(own)
+        assert all(r["constraints"] == own[r["prompt"]]["constraints"] for r in records)
+    if level == "chat":
+        assert not {r["chosen"].lower() for r in train} & {r["chosen"].lower() for r in heldout}
+        assert not {str(r["about"]) for r in train} & {str(r["about"]) for r in heldout}
