@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, load_records
+from data.floor import floor_columns
 from engine.command_line import choose_command, exit_status, parse
 from engine.draw import draw_curves
 from engine.measures import summary
@@ -457,7 +458,7 @@ def run(method, given, reward_fn=None):
     )
     with Stop() as stop:
         if not resume:
-            before = trainer.evaluate()
+            before = with_floor(trainer, trainer.evaluate())
             folder.create(trainer, before, {"step": 0} | evaluation(before))
         with tqdm(
             total=config.steps, initial=trainer.step, desc=method.name, unit="step", dynamic_ncols=True
@@ -489,6 +490,7 @@ def run(method, given, reward_fn=None):
             file=sys.stderr,
         )
         return None
+    after = [new | floor_of(old) for old, new in zip(before, after)]
     folder.write_samples(before + after)
     print("\n" + report(before, after))
     print(
@@ -506,6 +508,21 @@ PANELS = [
     ("Length of samples", "tokens", ["length/min", "length/mean", "length/max"]),
     ("Shares", "share", ["length/truncated", "groups/no_signal"]),
 ]
+
+
+def with_floor(trainer, samples):
+    """Held-out samples with "floor" and "floor_reward", of data/floor.py, where the reward is the verifier.
+
+    Which constant answer another reward would like best is a guess, or a search of its own.
+    """
+    if trainer.reward_fn is not verifier:
+        return samples
+    floor = floor_columns(trainer.held_out, verifier)
+    return [sample | columns for sample, columns in zip(samples, floor)]
+
+
+def floor_of(sample):
+    return {name: sample[name] for name in ("floor", "floor_reward") if name in sample}
 
 
 def evaluation(samples):

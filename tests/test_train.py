@@ -80,6 +80,8 @@ def test_script_trains_shows_and_saves(finished):
     assert process.returncode == 0, process.stderr
     for words in (
         "mean reward [95 % interval]",
+        "careful: 8 held-out prompts are fewer than 30",
+        "no-skill floor",
         "RAS win / tie / loss",
         "NAG",
         "To try next",
@@ -101,6 +103,7 @@ def test_script_trains_shows_and_saves(finished):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert set().union(*lines) <= set(METRICS) | set(GRAO.metrics)  # nothing is logged that is not defined
     assert lines[1]["kl/k1"] == lines[1]["kl/k3"] == 0  # before the first step the policy is the reference
+    assert process.stdout.count("Held-out reward ") == 1
     config = json.loads((out / "config.json").read_text())
     assert (
         config["settings"]["steps"] == 4
@@ -114,6 +117,15 @@ def test_script_trains_shows_and_saves(finished):
         "completion",
         "reward",
     } <= set(samples[0])
+    # eight prompts have no interval, in no file; and both evaluations stand beside the same constant answers
+    assert not {"eval/low", "eval/high"} & set().union(*lines)
+    assert [s["floor"] for s in samples[:8]] == [s["floor"] for s in samples[8:]]
+    assert all(s["floor_reward"] in (0, 1) for s in samples)
+
+
+def test_another_reward_has_no_floor_that_would_be_guessed():
+    t = trainer(reward_fn=lambda prompts, completions, **columns: [0.5] * len(prompts))
+    assert train.with_floor(t, [{"reward": 0.5}] * len(t.held_out)) == [{"reward": 0.5}] * len(t.held_out)
 
 
 def test_resume_is_the_run_that_never_stopped(finished, tmp_path, capsys):
