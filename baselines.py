@@ -26,13 +26,78 @@ import math
 import sys
 from dataclasses import dataclass
 
+from data import UserError
+from engine.command_line import answer_early
+from engine.settings import Config, Method, setting
+
+KL_ESTIMATES = ("k1", "k3", "k3_ratio")  # see losses.kl_estimate
+
+
+@dataclass
+class SFTConfig(Config):
+    presets = {"tiny": dict(lr=1e-3, steps=400), "chat": dict(lr=1e-4)}
+    per_response: bool = setting(
+        False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens"
+    )
+
+
+@dataclass
+class DPOConfig(Config):
+    presets = {"tiny": dict(lr=1e-3, beta=0.5, steps=200), "chat": dict(lr=1e-4, beta=0.1)}
+    beta: float = setting(None, "how firmly the reference holds the policy", above=0, high=100)
+    label_smoothing: float = setting(
+        0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5
+    )
+
+
+@dataclass
+class GRPOConfig(Config):
+    presets = {"tiny": dict(lr=2e-3), "chat": dict(lr=1e-4)}
+    clip_low: float = setting(0.2, "the ratio is clipped below at 1 minus this", low=0, high=1)
+    clip_high: float = setting(0.2, "and above at 1 plus this", low=0, high=100)
+    kl_coef: float = setting(
+        0.0, "weight of the KL to the reference in the loss (paper: 0.04)", low=0, high=100
+    )
+    kl: str = setting("k3_ratio", "its estimate; k3 is the paper's, see kl_estimate", choices=KL_ESTIMATES)
+    aggregate: str = setting(
+        "sequence",
+        "sequence (paper), token (DAPO) or constant (Dr. GRPO)",
+        choices=("sequence", "token", "constant"),
+    )
+    scale_advantages: str = setting(
+        "std", "divide advantages by the group's std, or none (Dr. GRPO)", choices=("std", "none")
+    )
+    updates_per_rollout: int = setting(1, "optimiser updates on the samples of a step (mu)", low=1, high=1000)
+
+
+@dataclass
+class PPOConfig(Config):
+    presets = {"tiny": dict(lr=1e-3, value_lr=1e-3, steps=75), "chat": dict(lr=1e-4, value_lr=1e-4)}
+    clip: float = setting(0.2, "the ratio is clipped to 1 -+ this", low=0, high=1)
+    value_clip: float = setting(
+        0.2, "values are clipped to those at sampling time -+ this", above=0, high=1e6
+    )
+    value_lr: float = setting(None, "learning rate of the value function", above=0, high=1)
+    kl_coef: float = setting(
+        0.02, "weight of the KL to the reference in the reward, per token", low=0, high=100
+    )
+    gamma: float = setting(1.0, "discount per token", low=0, high=1)
+    gae_lambda: float = setting(0.95, "GAE's lambda: 1 trusts returns, 0 the value function", low=0, high=1)
+    ppo_epochs: int = setting(2, "passes over the samples of a step", low=1, high=1000)
+    minibatches: int = setting(
+        2, "optimiser updates in a pass, each on its own share of the prompts", low=1, high=4096
+    )
+
+
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "ppo": PPOConfig, "grpo": GRPOConfig}
+
+if __name__ == "__main__":
+    answer_early(CONFIGS, __doc__)  # --help and mistyped flags: the imports below take seconds
+
 import torch
 import torch.nn.functional as F
 
-from data import UserError
-from engine.settings import Config, Method, setting
 from losses import (
-    KL,
     _clean,
     _masked_variance,
     _per_row,
@@ -257,14 +322,6 @@ def explained_variance(values, returns, mask):
 # -------------------------------------------------------------------------------------------------------------------- a step of each method
 
 
-@dataclass
-class SFTConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, steps=400), "chat": dict(lr=1e-4)}
-    per_response: bool = setting(
-        False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens"
-    )
-
-
 def sft_update(trainer, records):
     """One optimisation step of SFT on B reference answers."""
     c, policy, sums = trainer.config, trainer.policy, Sums()
@@ -278,15 +335,6 @@ def sft_update(trainer, records):
         sums.add("loss", loss * len(parts))  # a mean over parts that add up
         sums.add("logp/chosen", scored.logps, scored.mask)
     return sums.means() | trainer.optimizer_step() | {"updates": trainer.step + 1}
-
-
-@dataclass
-class DPOConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, beta=0.5, steps=200), "chat": dict(lr=1e-4, beta=0.1)}
-    beta: float = setting(None, "how firmly the reference holds the policy", above=0, high=100)
-    label_smoothing: float = setting(
-        0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5
-    )
 
 
 def dpo_update(trainer, records):
@@ -332,26 +380,6 @@ def dpo_update(trainer, records):
         for name, value in values.items():
             sums.add(name, value)
     return sums.means() | trainer.optimizer_step() | {"updates": trainer.step + 1}
-
-
-@dataclass
-class GRPOConfig(Config):
-    presets = {"tiny": dict(lr=2e-3), "chat": dict(lr=1e-4)}
-    clip_low: float = setting(0.2, "the ratio is clipped below at 1 minus this", low=0, high=1)
-    clip_high: float = setting(0.2, "and above at 1 plus this", low=0, high=100)
-    kl_coef: float = setting(
-        0.0, "weight of the KL to the reference in the loss (paper: 0.04)", low=0, high=100
-    )
-    kl: str = setting("k3_ratio", "its estimate; k3 is the paper's, see kl_estimate", choices=KL)
-    aggregate: str = setting(
-        "sequence",
-        "sequence (paper), token (DAPO) or constant (Dr. GRPO)",
-        choices=("sequence", "token", "constant"),
-    )
-    scale_advantages: str = setting(
-        "std", "divide advantages by the group's std, or none (Dr. GRPO)", choices=("std", "none")
-    )
-    updates_per_rollout: int = setting(1, "optimiser updates on the samples of a step (mu)", low=1, high=1000)
 
 
 def grpo_update(trainer, records):
@@ -418,25 +446,6 @@ def add_ratio(sums, about):  # what _clipped_objective says about the ratio
     }.items():
         sums.add(name, about[key].expand(int(about["tokens"])))
     sums.largest["ratio/max"] = max(sums.largest.get("ratio/max", 0.0), float(about["ratio_max"]))
-
-
-@dataclass
-class PPOConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, value_lr=1e-3, steps=75), "chat": dict(lr=1e-4, value_lr=1e-4)}
-    clip: float = setting(0.2, "the ratio is clipped to 1 -+ this", low=0, high=1)
-    value_clip: float = setting(
-        0.2, "values are clipped to those at sampling time -+ this", above=0, high=1e6
-    )
-    value_lr: float = setting(None, "learning rate of the value function", above=0, high=1)
-    kl_coef: float = setting(
-        0.02, "weight of the KL to the reference in the reward, per token", low=0, high=100
-    )
-    gamma: float = setting(1.0, "discount per token", low=0, high=1)
-    gae_lambda: float = setting(0.95, "GAE's lambda: 1 trusts returns, 0 the value function", low=0, high=1)
-    ppo_epochs: int = setting(2, "passes over the samples of a step", low=1, high=1000)
-    minibatches: int = setting(
-        2, "optimiser updates in a pass, each on its own share of the prompts", low=1, high=4096
-    )
 
 
 def ppo_setup(trainer):
@@ -580,23 +589,10 @@ PPO = Method(
 METHODS = {method.name: method for method in (SFT, DPO, PPO, GRPO)}
 
 
-def command_line(argv):
+def command_line(argv=None):
     """The method's name and its flags -> exit status, see train.main."""
-    word = argv[0] if argv else ""
-    if word in ("-h", "--help"):
-        print(
-            f"{__doc__}\nusage: python baselines.py {'|'.join(METHODS)} [flags]; for the flags: python baselines.py METHOD --help"
-        )
-        return 0
-    if word not in METHODS:
-        print(
-            f"error: {f'no method {word}' if word else 'no method'}: the first word is one of {', '.join(METHODS)} (see --help)",
-            file=sys.stderr,
-        )
-        return 2
-    sys.argv[0] = f"baselines.py {word}"  # what usage and the hint how to resume call the program
-    return main(METHODS[word], argv[1:], description=__doc__)
+    return main(METHODS, argv, description=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(sys.argv[1:]))
+    sys.exit(command_line())

@@ -20,11 +20,13 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, load_records
-from engine.command_line import exit_status, parse
+from data.floor import floor_columns
+from engine.command_line import choose_command, exit_status, parse
 from engine.draw import draw_curves
-from engine.measures import report, summary
+from engine.measures import summary
 from engine.models import first_line, trim_memory
 from engine.record import RunFolder, peak_memory, read_jsonl
+from engine.report import report
 from engine.settings import check_settings
 from policy import Policy
 from reward import checked_rewards, load_model_reward, verifier
@@ -456,7 +458,7 @@ def run(method, given, reward_fn=None):
     )
     with Stop() as stop:
         if not resume:
-            before = trainer.evaluate()
+            before = with_floor(trainer, trainer.evaluate())
             folder.create(trainer, before, {"step": 0} | evaluation(before))
         with tqdm(
             total=config.steps, initial=trainer.step, desc=method.name, unit="step", dynamic_ncols=True
@@ -488,6 +490,7 @@ def run(method, given, reward_fn=None):
             file=sys.stderr,
         )
         return None
+    after = [new | floor_of(old) for old, new in zip(before, after)]
     folder.write_samples(before + after)
     print("\n" + report(before, after))
     print(
@@ -507,6 +510,21 @@ PANELS = [
 ]
 
 
+def with_floor(trainer, samples):
+    """Held-out samples with "floor" and "floor_reward", of data/floor.py, where the reward is the verifier.
+
+    Which constant answer another reward would like best is a guess, or a search of its own.
+    """
+    if trainer.reward_fn is not verifier:
+        return samples
+    floor = floor_columns(trainer.held_out, verifier)
+    return [sample | columns for sample, columns in zip(samples, floor)]
+
+
+def floor_of(sample):
+    return {name: sample[name] for name in ("floor", "floor_reward") if name in sample}
+
+
 def evaluation(samples):
     s = summary(samples)
     means = {
@@ -515,7 +533,8 @@ def evaluation(samples):
     measures = {
         name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")
     } | means
-    return {f"eval/{name}": value for name, value in measures.items()}
+    # eval/low and eval/high are None, and not logged, where the prompts are too few for an interval
+    return {f"eval/{name}": value for name, value in measures.items() if value is not None}
 
 
 def postfix(metrics):
@@ -531,5 +550,16 @@ def postfix(metrics):
 
 
 def main(method, argv=None, reward_fn=None, description=""):
-    """The command line of a method -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
-    return exit_status(lambda: run(method, parse(method.config, argv, description), reward_fn))
+    """The command line of a Method, or of a dict {first word: Method} -> exit status.
+
+    0 finished, 2 an error that the user can mend (one line on stderr), 130 stopped.
+    """
+    return exit_status(lambda: command(method, argv, reward_fn, description))
+
+
+def command(method, argv, reward_fn, description):
+    argv = sys.argv[1:] if argv is None else argv
+    if isinstance(method, dict):
+        word, argv = choose_command(method, argv, description)
+        method = method[word]
+    return run(method, parse(method.config, argv, description), reward_fn)

@@ -74,6 +74,16 @@ def no_skill_floor(records, reward):
     return best
 
 
+def floor_columns(records, reward):
+    """The floor's answer to each record and what it earns, as columns of samples.jsonl -> [{"floor",
+    "floor_reward"}]."""
+    found = no_skill_floor(records, reward)
+    columns = []
+    for record, earned in zip(records, found.rewards):
+        columns.append({"floor": fill(found.template, record), "floor_reward": earned})
+    return columns
+
+
 def fill(template, record):
     """The template's answer (str) to a record, or None if it asks for items and the record has none."""
     if "items}" in template:

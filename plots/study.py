@@ -37,6 +37,7 @@ from data import UserError
 from data.loaders import HUB_FOLDERS, download, read_records
 from engine import metrics as engine_metrics
 from engine.command_line import exit_status
+from engine.measures import compare
 from engine.models import first_line, whole_directory
 from engine.record import read_jsonl, write_whole
 from plots import flags
@@ -53,6 +54,7 @@ COLUMNS = (
     "logp_reference",
     "judge_reward",
     "judge_reference_reward",
+    "floor_reward",
 )
 METRICS = (  # what the figures draw over steps
     "step",
@@ -363,9 +365,9 @@ def measured(log, measure):
     before, after = log.before, log.after
     judged = "judge_" if "judge_reward" in after else ""
     if measure == "ras":
-        return (after[judged + "reward"] > after[judged + "reference_reward"]).astype(float)
+        return (compare(after[judged + "reward"], after[judged + "reference_reward"]) > 0).astype(float)
     if measure == "nag":
-        return np.sign(after[judged + "reward"] - before[judged + "reward"])
+        return compare(after[judged + "reward"], before[judged + "reward"])
     return after[judged + "reward" if measure == "judged" else measure]
 
 

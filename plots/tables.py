@@ -5,10 +5,21 @@ The tables of the suite's other parts are in plots/tables_parts.py.
 
 import numpy as np
 
+from engine.measures import compare
 from plots import suites
 from plots.statistics import compare_paired, holm, reach_ratio
 from plots.study import common_seeds, matrix
-from plots.words import LABELS, difference, interval, label, markdown, missing_note, present, quoted
+from plots.words import (
+    LABELS,
+    difference,
+    floor_note,
+    interval,
+    label,
+    markdown,
+    missing_note,
+    present,
+    quoted,
+)
 
 COMPARED = (*suites.COMPARED, "ppo-4")
 
@@ -85,7 +96,8 @@ def comparison(logs):
         text += " RAS and NAG are by the second reward model, which no run was trained with: "
         text += "its raw scores, without the mean reward's penalty for a cut answer."
     tests = paired(logs, names, "judged" if judged else "reward")
-    return text + "\n\n" + tests + "\n" + paper(logs, names)
+    text += "\n" + floor_note(logs, names)
+    return text + "\n" + tests + "\n" + paper(logs, names)
 
 
 def before_training(runs, judged):
@@ -95,7 +107,7 @@ def before_training(runs, judged):
         return np.array([log.before[name] for log in runs.values()])
 
     prefix = "judge_" if judged else ""
-    wins = column(prefix + "reward") > column(prefix + "reference_reward")
+    wins = compare(column(prefix + "reward"), column(prefix + "reference_reward")) > 0
     row = [LABELS["base"], len(runs), interval(wins, percent=True), "", interval(column("reward"))]
     if judged:
         row.append(interval(column("judge_reward")))

@@ -5,7 +5,7 @@ import numpy as np
 from plots import suites
 from plots.statistics import compare_paired
 from plots.study import common_seeds, matrix
-from plots.words import difference, interval, label, markdown, missing_note, present
+from plots.words import difference, floor_note, interval, label, markdown, missing_note, present
 
 # arXiv 2508.07750, table 3: NAG in percent on helpful-base, of Qwen2.5-7B and Moonlight-16B.
 PAPER_ABLATIONS = {
@@ -37,7 +37,11 @@ def plain(logs, names, extra=()):
         row.append(f"{np.mean([log.tokens()[1][-1] for log in runs]):,.0f}")
         row.append(f"{np.median([log.seconds()[1][-1] for log in runs]):.0f}")
         rows.append([*row, *(column(name) for _, column in extra)])
-    return markdown([*header, *(title for title, _ in extra)], rows) + missing_note(logs, names)
+    return (
+        markdown([*header, *(title for title, _ in extra)], rows)
+        + missing_note(logs, names)
+        + floor_note(logs, names)
+    )
 
 
 def ablations(logs):
@@ -81,7 +85,7 @@ def quality(logs):
         cells = [interval(matrix(logs, "grpo-quality1", "reward"))] * len(suites.SHARES)
         rows.append([label("grpo") + " (does not read them)", *cells])
     header = ["mean reward, by share of right references", *(f"{share:.0%}" for share in suites.SHARES)]
-    return markdown(header, rows) + crossings(logs)
+    return markdown(header, rows) + crossings(logs) + floor_note(logs, sorted(logs))
 
 
 def crossings(logs):

@@ -1,5 +1,7 @@
 """How the study's tables and figures write: a method's name, a row of Markdown, a mean with its interval."""
 
+import numpy as np
+
 from plots import suites
 from plots.statistics import two_level_interval
 
@@ -82,3 +84,15 @@ def quoted(text, width=300):
     """A model's answer within a cell of a table."""
     text = " / ".join(text.split("\n")).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def floor_note(logs, names):
+    """What the best constant answer earns on the same prompts: a reward says something by its distance from it.
+
+    Logs of a reward without such answers have none.
+    """
+    for name in present(logs, names):
+        after = next(iter(logs[name].values())).after
+        if "floor_reward" in after:
+            return f"\nNo-skill floor, the best of a few constant answers: {np.mean(after['floor_reward']):.3f}.\n"
+    return ""

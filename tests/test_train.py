@@ -17,9 +17,10 @@ import minigrao
 import train
 from data import UserError
 from engine.command_line import parse
-from engine.measures import report, summary
+from engine.measures import summary
 from engine.metrics import METRICS
 from engine.record import RunFolder, read_jsonl
+from engine.report import report
 from engine.settings import check_settings
 from minigrao import GRAO
 
@@ -79,6 +80,8 @@ def test_script_trains_shows_and_saves(finished):
     assert process.returncode == 0, process.stderr
     for words in (
         "mean reward [95 % interval]",
+        "careful: 8 held-out prompts are fewer than 30",
+        "no-skill floor",
         "RAS win / tie / loss",
         "NAG",
         "To try next",
@@ -100,6 +103,7 @@ def test_script_trains_shows_and_saves(finished):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert set().union(*lines) <= set(METRICS) | set(GRAO.metrics)  # nothing is logged that is not defined
     assert lines[1]["kl/k1"] == lines[1]["kl/k3"] == 0  # before the first step the policy is the reference
+    assert process.stdout.count("Held-out reward ") == 1
     config = json.loads((out / "config.json").read_text())
     assert (
         config["settings"]["steps"] == 4
@@ -113,6 +117,15 @@ def test_script_trains_shows_and_saves(finished):
         "completion",
         "reward",
     } <= set(samples[0])
+    # eight prompts have no interval, in no file; and both evaluations stand beside the same constant answers
+    assert not {"eval/low", "eval/high"} & set().union(*lines)
+    assert [s["floor"] for s in samples[:8]] == [s["floor"] for s in samples[8:]]
+    assert all(s["floor_reward"] in (0, 1) for s in samples)
+
+
+def test_another_reward_has_no_floor_that_would_be_guessed():
+    t = trainer(reward_fn=lambda prompts, completions, **columns: [0.5] * len(prompts))
+    assert train.with_floor(t, [{"reward": 0.5}] * len(t.held_out)) == [{"reward": 0.5}] * len(t.held_out)
 
 
 def test_resume_is_the_run_that_never_stopped(finished, tmp_path, capsys):
@@ -210,6 +223,7 @@ def test_learning_rate_schedule(kind, values):
 def test_report_by_hand():
     one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False}
     before = [one | {"reward": r, "reference_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
+    one["completion"] = "d"  # the same text would be a tie, whatever it earned
     after = [one | {"reward": r, "reference_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
     assert summary(after)["reward"] == 0.75 and summary(after)["ras"] == {
         "win": 0.25,
