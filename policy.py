@@ -20,9 +20,27 @@ import math
 import os
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+
+from data import UserError
+from engine.command_line import OneLineParser, answer, exit_status
+
+
+def merge_flags(argv: list | None = None) -> Namespace:
+    """python policy.py merge ADAPTER --model MODEL --out DIR."""
+    parser = OneLineParser(description="Write a plain 16-bit model with a saved adapter merged in.")
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument("adapter", help="adapter directory, such as runs/NAME/adapter")
+    parser.add_argument("--model", required=True, help="what it was trained on, as in training's --model")
+    parser.add_argument("--out", required=True, help="directory to write; must not exist")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer(merge_flags)  # --help and mistyped flags: the imports below take seconds
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # On import bitsandbytes reports a missing optional CPU kernel.
@@ -34,9 +52,7 @@ from peft.tuners.lora import LoraLayer  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from data import UserError  # noqa: E402
 from engine.adapters import HEAD, PLAIN, fill, read_adapter, read_role, saved_names, trainable  # noqa: E402
-from engine.command_line import OneLineParser, exit_status  # noqa: E402
 from engine.models import (  # noqa: E402
     DEVICE_ERRORS,
     base_name,
@@ -471,14 +487,12 @@ class Policy:
         return float((ours - theirs).abs().mean())
 
 
-def merge_command(argv: list | None) -> bool:
-    """python policy.py merge ADAPTER --model MODEL --out DIR."""
-    parser = OneLineParser(description="Write a plain 16-bit model with a saved adapter merged in.")
-    parser.add_argument("command", choices=["merge"])
-    parser.add_argument("adapter", help="adapter directory, such as runs/NAME/adapter")
-    parser.add_argument("--model", required=True, help="what it was trained on, as in training's --model")
-    parser.add_argument("--out", required=True, help="directory to write; must not exist")
-    args = parser.parse_args(argv)
+def main(argv: list | None = None) -> int:
+    """The command line -> exit status: 0, or 2 for an error that the user can mend, one line on stderr."""
+    return exit_status(lambda: merge_command(merge_flags(argv)), stopped="stopped; nothing was written")
+
+
+def merge_command(args: Namespace) -> str:
     if Path(args.out).exists():
         raise UserError(f"--out {args.out} exists already; choose another")
     difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
@@ -486,12 +500,7 @@ def merge_command(argv: list | None) -> bool:
         f"{args.out}: a 16-bit model; on a probe its log-probabilities differ from the adapter's by "
         f"{difference:.4f} nats/token on average"
     )
-    return True
-
-
-def main(argv: list | None = None) -> int:
-    """The command line -> exit status: 0, or 2 for an error that the user can mend, one line on stderr."""
-    return exit_status(lambda: merge_command(argv), stopped="stopped; nothing was written")
+    return args.out
 
 
 if __name__ == "__main__":

@@ -42,9 +42,7 @@ def draw_curves(lines, panels, path):
             x, y = zip(*points)
             short = name.split("/")[-1]
             if name == "eval/reward":
-                ends = [[line[end] for line in lines if end in line] for end in ("eval/low", "eval/high")]
-                axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
-                axis.plot(x, y, "o-", color=colour, markersize=4, label="held-out, 95 % interval")
+                draw_held_out(axis, lines, x, y, colour)
             elif (
                 len(points) > 40 and name != "mu"
             ):  # a step's noise behind its running mean; mu is a schedule
@@ -56,6 +54,16 @@ def draw_curves(lines, panels, path):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path, dpi=110)
+
+
+def draw_held_out(axis, lines, x, y, colour):
+    """The held-out reward with its interval, which a run with few held-out prompts does not log."""
+    low = [line["eval/low"] for line in lines if "eval/low" in line]
+    high = [line["eval/high"] for line in lines if "eval/high" in line]
+    if low:
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    label = "held-out, 95 % interval" if low else "held-out"
+    axis.plot(x, y, "o-", color=colour, markersize=4, label=label)
 
 
 def save_figure(figure, path, **options):
