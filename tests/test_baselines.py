@@ -297,8 +297,8 @@ def test_value_and_policy_share_no_gradient():
 def test_ppo_puts_the_score_on_the_last_token_and_the_kl_on_each(monkeypatch):
     seen = {}
 
-    def spy(rewards, values, mask, *args):
-        seen.update(rewards=rewards, values=values, mask=mask)
+    def spy(rewards, values, mask, *args):  # (B, G, T); here in rows (N, T)
+        seen.update(rewards=rewards.flatten(0, 1), values=values.flatten(0, 1), mask=mask.flatten(0, 1))
         return gae(rewards, values, mask, *args)
 
     gae = baselines.gae
