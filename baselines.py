@@ -29,15 +29,79 @@ import math
 import sys
 from dataclasses import dataclass
 
+from data import UserError
+from engine.command_line import answer_early
+from engine.settings import Config, Method, setting
+
+KL = ("k1", "k3", "k3_ratio")  # see losses.kl_estimate
+
+
+@dataclass
+class SFTConfig(Config):
+    presets = {"tiny": dict(lr=1e-3, steps=400), "chat": dict(lr=1e-4)}
+    per_response: bool = setting(
+        False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens"
+    )
+
+
+@dataclass
+class DPOConfig(Config):
+    presets = {"tiny": dict(lr=1e-3, beta=0.5, steps=200), "chat": dict(lr=1e-4, beta=0.1)}
+    beta: float = setting(None, "how firmly the reference holds the policy", above=0, high=100)
+    label_smoothing: float = setting(
+        0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5
+    )
+
+
+@dataclass
+class GRPOConfig(Config):
+    presets = {"tiny": dict(lr=2e-3), "chat": dict(lr=1e-4)}
+    clip_low: float = setting(0.2, "the ratio is clipped below at 1 minus this", low=0, high=1)
+    clip_high: float = setting(0.2, "and above at 1 plus this", low=0, high=100)
+    kl_coef: float = setting(
+        0.0, "weight of the KL to the reference in the loss (paper: 0.04)", low=0, high=100
+    )
+    kl: str = setting("k3_ratio", "its estimate; k3 is the paper's, see kl_estimate", choices=KL)
+    aggregate: str = setting(
+        "sequence",
+        "sequence (paper), token (DAPO) or constant (Dr. GRPO)",
+        choices=("sequence", "token", "constant"),
+    )
+    scale_advantages: str = setting(
+        "std", "divide advantages by the group's std, or none (Dr. GRPO)", choices=("std", "none")
+    )
+    updates_per_rollout: int = setting(1, "optimiser updates on the samples of a step (mu)", low=1, high=1000)
+
+
+@dataclass
+class PPOConfig(Config):
+    presets = {"tiny": dict(lr=1e-3, value_lr=1e-3, steps=75), "chat": dict(lr=1e-4, value_lr=1e-4)}
+    clip: float = setting(0.2, "the ratio is clipped to 1 -+ this", low=0, high=1)
+    value_clip: float = setting(
+        0.2, "values are clipped to those at sampling time -+ this", above=0, high=1e6
+    )
+    value_lr: float = setting(None, "learning rate of the value function", above=0, high=1)
+    kl_coef: float = setting(
+        0.02, "weight of the KL to the reference in the reward, per token", low=0, high=100
+    )
+    gamma: float = setting(1.0, "discount per token", low=0, high=1)
+    gae_lambda: float = setting(0.95, "GAE's lambda: 1 trusts returns, 0 the value function", low=0, high=1)
+    ppo_epochs: int = setting(2, "passes over the samples of a step", low=1, high=1000)
+    minibatches: int = setting(
+        2, "optimiser updates in a pass, each on its own share of the prompts", low=1, high=4096
+    )
+
+
+CONFIGS = {"sft": SFTConfig, "dpo": DPOConfig, "ppo": PPOConfig, "grpo": GRPOConfig}
+
+if __name__ == "__main__":
+    answer_early(CONFIGS, __doc__)  # --help and mistyped flags: the imports below take seconds
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError
-from engine.settings import Config, Method, setting
 from losses import (
-    AGGREGATES,
-    KL,
     aggregate_tokens,
     clean,
     clipped_surrogate,
@@ -69,14 +133,6 @@ def sft_loss(logps: Tensor, mask: Tensor, per_response=False, denominator=None) 
     mask, logps = clean(mask, logps=logps)
     aggregate = "sequence" if per_response else "token"
     return aggregate_tokens(-logps, mask, aggregate, denominator=denominator)
-
-
-@dataclass
-class SFTConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, steps=400), "chat": dict(lr=1e-4)}
-    per_response: bool = setting(
-        False, "the mean of per-response means, as 2508.07750 eq. (1), not the mean over all tokens"
-    )
 
 
 def sft_update(trainer: Trainer, records: list) -> dict:
@@ -139,15 +195,6 @@ def dpo_loss(
     losses = -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
     n = torch.as_tensor(len(losses) if denominator is None else denominator)
     return losses.sum() / n.clamp(min=1), chosen_rewards.detach(), rejected_rewards.detach()
-
-
-@dataclass
-class DPOConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, beta=0.5, steps=200), "chat": dict(lr=1e-4, beta=0.1)}
-    beta: float = setting(None, "how firmly the reference holds the policy", above=0, high=100)
-    label_smoothing: float = setting(
-        0.0, "probability that a pair is labelled the wrong way round", low=0, high=0.5
-    )
 
 
 def dpo_update(trainer: Trainer, records: list) -> dict:
@@ -304,24 +351,6 @@ def grpo_loss(
     ), parts  # 2402.03300 eq. (3)
 
 
-@dataclass
-class GRPOConfig(Config):
-    presets = {"tiny": dict(lr=2e-3), "chat": dict(lr=1e-4)}
-    clip_low: float = setting(0.2, "the ratio is clipped below at 1 minus this", low=0, high=1)
-    clip_high: float = setting(0.2, "and above at 1 plus this", low=0, high=100)
-    kl_coef: float = setting(
-        0.0, "weight of the KL to the reference in the loss (paper: 0.04)", low=0, high=100
-    )
-    kl: str = setting("k3_ratio", "its estimate; k3 is the paper's, see kl_estimate", choices=KL)
-    aggregate: str = setting(
-        "sequence", "sequence (paper), token (DAPO) or constant (Dr. GRPO)", choices=AGGREGATES
-    )
-    scale_advantages: str = setting(
-        "std", "divide advantages by the group's std, or none (Dr. GRPO)", choices=("std", "none")
-    )
-    updates_per_rollout: int = setting(1, "optimiser updates on the samples of a step (mu)", low=1, high=1000)
-
-
 def grpo_update(trainer: Trainer, records: list) -> dict:
     """One rollout of GRPO on B prompts, and one or several optimiser updates on it (2402.03300, algorithm 1)."""
     c, sums = trainer.config, Sums()
@@ -449,25 +478,6 @@ def ppo_value_loss(
     return 0.5 * masked_mean(torch.max(error, clipped_error), mask, denominator), parts
 
 
-@dataclass
-class PPOConfig(Config):
-    presets = {"tiny": dict(lr=1e-3, value_lr=1e-3, steps=75), "chat": dict(lr=1e-4, value_lr=1e-4)}
-    clip: float = setting(0.2, "the ratio is clipped to 1 -+ this", low=0, high=1)
-    value_clip: float = setting(
-        0.2, "values are clipped to those at sampling time -+ this", above=0, high=1e6
-    )
-    value_lr: float = setting(None, "learning rate of the value function", above=0, high=1)
-    kl_coef: float = setting(
-        0.02, "weight of the KL to the reference in the reward, per token", low=0, high=100
-    )
-    gamma: float = setting(1.0, "discount per token", low=0, high=1)
-    gae_lambda: float = setting(0.95, "GAE's lambda: 1 trusts returns, 0 the value function", low=0, high=1)
-    ppo_epochs: int = setting(2, "passes over the samples of a step", low=1, high=1000)
-    minibatches: int = setting(
-        2, "optimiser updates in a pass, each on its own share of the prompts", low=1, high=4096
-    )
-
-
 def ppo_setup(trainer: Trainer):
     """The value function: one more LoRA adapter on the shared backbone, with a scalar head and a learning rate of its own."""
     c = trainer.config
@@ -550,21 +560,10 @@ PPO = Method(
 METHODS = {method.name: method for method in (SFT, DPO, PPO, GRPO)}
 
 
-def command_line(argv: list) -> int:
+def command_line(argv=None):
     """The method's name and its flags -> exit status, see train.main."""
-    word, names = argv[0] if argv else "", "|".join(METHODS)
-    if word in ("-h", "--help"):
-        print(
-            f"{__doc__}\nusage: python baselines.py {names} [flags]; for the flags: python baselines.py METHOD --help"
-        )
-        return 0
-    if word not in METHODS:
-        said = f"no method {word}" if word else "no method"
-        print(f"error: {said}: the first word is one of {', '.join(METHODS)} (see --help)", file=sys.stderr)
-        return 2
-    sys.argv[0] = f"baselines.py {word}"  # what usage and the hint how to resume call the program
-    return main(METHODS[word], argv[1:], description=__doc__)
+    return main(METHODS, argv, description=__doc__)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(sys.argv[1:]))
+    sys.exit(command_line())

@@ -19,7 +19,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from engine.measures import accuracy, bootstrap_interval
 from engine.models import whole_directory
 from engine.record import environment, write_whole
 from engine.scoring import Pack
-from engine.settings import check_settings, same, setting
+from engine.settings import DiscriminatorConfig, check_settings
 from policy import Policy
 from reward_model import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 
@@ -245,36 +245,6 @@ def load(policy, directory):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # python uniapl.py discriminator
-
-
-@dataclass
-class DiscriminatorConfig:
-    presets = {"tiny": dict(lr=3e-3, pairs=1024, epochs=4), "chat": dict(lr=3e-4, pairs=256, epochs=1)}
-
-    model: str = same("model")
-    quantize: str = same("quantize")
-    data: str = setting(
-        "tasks",
-        "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it",
-    )
-    from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
-    pairs: int = setting(
-        None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6
-    )
-    test_pairs: int = setting(256, "held-out prompts to test on", low=2, high=10**5)
-    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
-    lr: float = setting(None, "learning rate of AdamW", above=0, high=1)
-    max_new_tokens: int = same("max_new_tokens")
-    temperature: float = same("temperature")
-    lora_rank: int = same("lora_rank")
-    lora_alpha: int = same("lora_alpha")
-    micro_batch_tokens: int = same("micro_batch_tokens")
-    gradient_checkpointing: str = same("gradient_checkpointing")
-    seed: int = same("seed")
-    device: str = same("device")
-    dtype: str = same("dtype")
-    out: str = setting(None, "directory to write")
-    overwrite: bool = setting(False, "replace an earlier discriminator in --out")
 
 
 def measure(policy, known, unseen, most):

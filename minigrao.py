@@ -19,11 +19,8 @@ Deviations from the paper, and choices where it leaves one:
 import sys
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from engine.command_line import answer_early
 from engine.settings import Config, Method, setting
-from train import Sums, Trainer, main
 
 
 @dataclass
@@ -40,6 +37,15 @@ class GraoConfig(Config):
         "leave out a term of eq. (3): imitation, exploration or regularizer",
         choices=("imitation", "exploration", "regularizer"),
     )
+
+
+if __name__ == "__main__":
+    answer_early(GraoConfig, __doc__)  # --help and mistyped flags: the imports below take seconds
+
+import torch
+from torch import Tensor
+
+from train import Sums, Trainer, main
 
 
 def group_advantages(

@@ -25,19 +25,124 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from data import UserError
+from engine.command_line import answer_early, choose_command, exit_status, parse
+from engine.settings import check_settings, same, setting
+
+
+@dataclass
+class TrainConfig:
+    presets = {"tiny": dict(lr=1e-3, epochs=2), "chat": dict(lr=3e-4, epochs=1)}
+
+    model: str = same("model")
+    quantize: str = same("quantize")
+    data: str = setting(
+        "tasks",
+        "pairs: tasks (built in), hh-helpful, hh-harmless, or FILE.jsonl[.gz]; several with commas between",
+    )
+    eval_data: str = setting(
+        None, "measure on all of these files, too; a dialogue of theirs is not trained on"
+    )
+    max_tokens: int = setting(
+        512, "leave out pairs whose prompt and longer answer have more tokens", low=8, high=10**6
+    )
+    train_pairs: int = setting(0, "learn from at most so many pairs (0: all)", low=0, high=10**7)
+    stop_pairs: int = setting(
+        200,
+        "at most so many pairs, and a tenth, are kept from training to stop it by (0: none)",
+        low=0,
+        high=10**6,
+    )
+    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
+    batch_size: int = setting(16, "pairs in one optimisation step", low=1, high=4096)
+    margin: float = setting(
+        0.0,
+        "how far apart the scores should be, where a record has no number `margin` of its own",
+        low=-100,
+        high=100,
+    )
+    centre: float = setting(
+        0.0,
+        "weight of mean (chosen + rejected)^2, which keeps scores near 0 (0.01 is usual)",
+        low=0,
+        high=100,
+    )
+    patience: int = setting(
+        3,
+        "stop after so many evaluations without a better one, see reward.fit_scorer (0: never)",
+        low=0,
+        high=10**6,
+    )
+    eval_every: int = setting(
+        0, "optimisation steps between them (0: eight evaluations in all)", low=0, high=10**6
+    )
+    lr: float = same("lr")
+    weight_decay: float = same("weight_decay")
+    max_grad_norm: float = same("max_grad_norm")
+    lora_rank: int = same("lora_rank")
+    lora_alpha: int = same("lora_alpha")
+    micro_batch_tokens: int = same("micro_batch_tokens")
+    gradient_checkpointing: str = same("gradient_checkpointing")
+    seed: int = same("seed")
+    device: str = same("device")
+    dtype: str = same("dtype")
+    out: str = setting(
+        "runs/reward",
+        "folder to write: adapter and head, reward_model.json, metrics.jsonl, scores.jsonl, calibration.png",
+    )
+    overwrite: bool = setting(False, "replace the reward model in --out")
+
+
+@dataclass
+class ScoreConfig:
+    presets = {}
+
+    model: str = setting(
+        None,
+        "reward model: a folder of `reward.py train`, or a sequence classifier with one output (DIR or hub name)",
+    )
+    data: str = setting(
+        None,
+        "preference pairs: tasks, hh-helpful, hh-harmless (their held-out pairs), or all of FILE.jsonl[.gz]; several with commas",
+    )
+    samples: str = setting(None, "instead of --data: samples.jsonl of a run, before and after training")
+    max_tokens: int = setting(
+        0,
+        "leave out pairs whose prompt and longer answer have more tokens (0: the model's context)",
+        low=0,
+        high=10**6,
+    )
+    pairs: int = setting(0, "at most so many pairs (0: all)", low=0, high=10**7)
+    missing_eos_penalty: float = same("missing_eos_penalty")
+    micro_batch_tokens: int = same("micro_batch_tokens")
+    device: str = same("device")
+    dtype: str = same("dtype")
+
+
+@dataclass
+class JudgeConfig(ScoreConfig):
+    model: str = setting(
+        "auto", "chat model: a hub name, a directory, a .gguf file; auto: Qwen/Qwen3-0.6B with a CUDA GPU"
+    )
+    criterion: str = same("criterion")
+    quantize: str = same("quantize")
+
+
+CONFIGS = {"train": TrainConfig, "score": ScoreConfig, "judge": JudgeConfig}
+
+if __name__ == "__main__":
+    answer_early(CONFIGS, __doc__)  # --help and mistyped flags: the imports below take seconds
+
 import numpy as np
 
-from data import UserError
 from data.constraints import constraint_results, hack
 from data.loaders import load_records
 from data.messages import last_text
-from engine.command_line import exit_status, parse
 from engine.draw import draw_calibration
 from engine.measures import against_references, bootstrap_interval, measures, nag, ras, report_pairs
 from engine.models import find_model, whole_directory
 from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
 from engine.record import environment
-from engine.settings import check_settings, same, setting
 from policy import Policy
 from reward_model import (
     Judge,
@@ -173,104 +278,6 @@ def load_model_reward(config, policy):
 
 
 # ------------------------------------------------------------ the commands
-
-
-@dataclass
-class TrainConfig:
-    presets = {"tiny": dict(lr=1e-3, epochs=2), "chat": dict(lr=3e-4, epochs=1)}
-
-    model: str = same("model")
-    quantize: str = same("quantize")
-    data: str = setting(
-        "tasks",
-        "pairs: tasks (built in), hh-helpful, hh-harmless, or FILE.jsonl[.gz]; several with commas between",
-    )
-    eval_data: str = setting(
-        None, "measure on all of these files, too; a dialogue of theirs is not trained on"
-    )
-    max_tokens: int = setting(
-        512, "leave out pairs whose prompt and longer answer have more tokens", low=8, high=10**6
-    )
-    train_pairs: int = setting(0, "learn from at most so many pairs (0: all)", low=0, high=10**7)
-    stop_pairs: int = setting(
-        200,
-        "at most so many pairs, and a tenth, are kept from training to stop it by (0: none)",
-        low=0,
-        high=10**6,
-    )
-    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
-    batch_size: int = setting(16, "pairs in one optimisation step", low=1, high=4096)
-    margin: float = setting(
-        0.0,
-        "how far apart the scores should be, where a record has no number `margin` of its own",
-        low=-100,
-        high=100,
-    )
-    centre: float = setting(
-        0.0,
-        "weight of mean (chosen + rejected)^2, which keeps scores near 0 (0.01 is usual)",
-        low=0,
-        high=100,
-    )
-    patience: int = setting(
-        3,
-        "stop after so many evaluations without a better one, see reward.fit_scorer (0: never)",
-        low=0,
-        high=10**6,
-    )
-    eval_every: int = setting(
-        0, "optimisation steps between them (0: eight evaluations in all)", low=0, high=10**6
-    )
-    lr: float = same("lr")
-    weight_decay: float = same("weight_decay")
-    max_grad_norm: float = same("max_grad_norm")
-    lora_rank: int = same("lora_rank")
-    lora_alpha: int = same("lora_alpha")
-    micro_batch_tokens: int = same("micro_batch_tokens")
-    gradient_checkpointing: str = same("gradient_checkpointing")
-    seed: int = same("seed")
-    device: str = same("device")
-    dtype: str = same("dtype")
-    out: str = setting(
-        "runs/reward",
-        "folder to write: adapter and head, reward_model.json, metrics.jsonl, scores.jsonl, calibration.png",
-    )
-    overwrite: bool = setting(False, "replace the reward model in --out")
-
-
-@dataclass
-class ScoreConfig:
-    presets = {}
-
-    model: str = setting(
-        None,
-        "reward model: a folder of `reward.py train`, or a sequence classifier with one output (DIR or hub name)",
-    )
-    data: str = setting(
-        None,
-        "preference pairs: tasks, hh-helpful, hh-harmless (their held-out pairs), or all of FILE.jsonl[.gz]; several with commas",
-    )
-    samples: str = setting(None, "instead of --data: samples.jsonl of a run, before and after training")
-    max_tokens: int = setting(
-        0,
-        "leave out pairs whose prompt and longer answer have more tokens (0: the model's context)",
-        low=0,
-        high=10**6,
-    )
-    pairs: int = setting(0, "at most so many pairs (0: all)", low=0, high=10**7)
-    missing_eos_penalty: float = same("missing_eos_penalty")
-    micro_batch_tokens: int = same("micro_batch_tokens")
-    device: str = same("device")
-    dtype: str = same("dtype")
-
-
-@dataclass
-class JudgeConfig(ScoreConfig):
-    model: str = setting(
-        "auto", "chat model: a hub name, a directory, a .gguf file; auto: Qwen/Qwen3-0.6B with a CUDA GPU"
-    )
-    criterion: str = same("criterion")
-    quantize: str = same("quantize")
 
 
 def check_unknown(policy, prompts, config):
@@ -490,37 +497,22 @@ def print_position(cases, judge):
     return verdicts
 
 
-COMMANDS = {
-    "train": (TrainConfig, train_command),
-    "score": (ScoreConfig, score_command),
-    "judge": (JudgeConfig, judge_command),
-}
+COMMANDS = {"train": train_command, "score": score_command, "judge": judge_command}
 
 
 def main(argv):
-    """python reward.py train|score|judge [flags] -> exit status, see train.exit_status."""
-    word = argv[0] if argv else ""
-    if word in ("-h", "--help"):
-        print(
-            f"{__doc__}\nusage: python reward.py {'|'.join(COMMANDS)} [flags]; for the flags: python reward.py COMMAND --help"
-        )
-        return 0
-    return exit_status(lambda: run(word, argv[1:]), stopped="stopped; nothing was written")
+    """python reward.py train|score|judge [flags] -> exit status, see engine.command_line.exit_status."""
+    return exit_status(lambda: run(argv), stopped="stopped; nothing was written")
 
 
-def run(word, flags):
-    if word not in COMMANDS:
-        raise UserError(
-            f"{f'no command {word}' if word else 'no command'}: the first word is one of {', '.join(COMMANDS)} (see --help)"
-        )
-    config_class, command = COMMANDS[word]
-    sys.argv[0] = f"reward.py {word}"
-    config = config_class(**parse(config_class, flags, __doc__))
+def run(argv):
+    word, flags = choose_command(CONFIGS, argv, __doc__)
+    config = CONFIGS[word](**parse(CONFIGS[word], flags, __doc__))
     if isinstance(config, ScoreConfig) and (
         config.model is None or (config.data is None) == (config.samples is None)
     ):
         raise UserError(f"reward.py {word}: needs --model, and either --data or --samples")
-    command(check_settings(config))
+    COMMANDS[word](check_settings(config))
     return True
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import UserError, load_records
-from engine.command_line import exit_status, parse
+from engine.command_line import choose_command, exit_status, parse
 from engine.draw import draw_curves
 from engine.measures import report, summary
 from engine.models import first_line, trim_memory
@@ -667,5 +667,16 @@ def postfix(metrics):
 
 
 def main(method, argv=None, reward_fn=None, description=""):
-    """The command line of a method -> exit status: 0 finished, 2 an error the user can mend (one line on stderr), 130 stopped."""
-    return exit_status(lambda: run(method, parse(method.config, argv, description), reward_fn))
+    """The command line of a Method, or of a dict {first word: Method} -> exit status.
+
+    0 finished, 2 an error that the user can mend (one line on stderr), 130 stopped.
+    """
+    return exit_status(lambda: command(method, argv, reward_fn, description))
+
+
+def command(method, argv, reward_fn, description):
+    argv = sys.argv[1:] if argv is None else argv
+    if isinstance(method, dict):
+        word, argv = choose_command(method, argv, description)
+        method = method[word]
+    return run(method, parse(method.config, argv, description), reward_fn)

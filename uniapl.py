@@ -32,16 +32,9 @@ import math
 import sys
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-import discriminator
-from baselines import grpo_advantages, grpo_loss, sft_loss
 from data import UserError
-from engine.command_line import exit_status
-from engine.settings import Config, Method, setting
-from losses import aggregate_tokens, completion_mask, denominator
-from train import Part, Sums, Trainer, main, schedule
+from engine.command_line import answer_early, exit_status
+from engine.settings import Config, DiscriminatorConfig, Method, setting
 
 # Variant -> objective of its first stage, and of its second if it has one.
 VARIANTS = {
@@ -116,6 +109,17 @@ class UniAPLConfig(Config):
         high=10**6,
     )
 
+
+if __name__ == "__main__":  # --help and mistyped flags: the imports below take seconds
+    answer_early({"": UniAPLConfig, "discriminator": DiscriminatorConfig}, __doc__)
+
+import torch
+from torch import Tensor
+
+import discriminator
+from baselines import grpo_advantages, grpo_loss, sft_loss
+from losses import aggregate_tokens, completion_mask, denominator
+from train import Part, Sums, Trainer, main, schedule
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The objective

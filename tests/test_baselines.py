@@ -438,8 +438,7 @@ def test_script_names_its_methods(capsys, monkeypatch):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1 and "sft, dpo, ppo, grpo" in error
     assert baselines.command_line(["--help"]) == 0 and "sft|dpo|ppo|grpo" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="0"):
-        baselines.command_line(["dpo", "--help"])
+    assert baselines.command_line(["dpo", "--help"]) == 0
     said = capsys.readouterr().out
     assert "usage: baselines.py dpo" in said and "--label-smoothing" in said
     assert (

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import baselines as B
-from losses import normaliser
+from losses import AGGREGATES, normaliser
 
 LENGTHS = (5, 1, 3, 7, 2, 6, 4, 7)
 N, T = len(LENGTHS), max(LENGTHS)
@@ -535,7 +535,7 @@ def test_groups_are_rows():
         return [
             B.sft_loss(x, m),
             B.sft_loss(x, m, per_response=True),
-            *(B.grpo_loss(x, o, r, a, m, kl_coef=0.1, aggregate=how)[0] for how in B.AGGREGATES),
+            *(B.grpo_loss(x, o, r, a, m, kl_coef=0.1, aggregate=how)[0] for how in AGGREGATES),
             B.ppo_policy_loss(x, o, R, m)[0],
             B.ppo_value_loss(x, o, R, m)[0],
             B.token_rewards(a, x, r, m, 0.1).flatten(),
