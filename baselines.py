@@ -139,9 +139,9 @@ def sft_update(trainer: Trainer, records: list) -> dict:
     """One optimisation step of SFT on B expert answers: no rollout, no reward, no reference."""
     c, sums = trainer.config, Sums()
     # The step's count, before the loop. With each micro-batch's own, the gradient would depend on how much memory there is.
-    answers = [[r["reference_ids"]] for r in records]
+    answers = [[r["expert_ids"]] for r in records]
     n = denominator(answers, "sequence" if c.per_response else "token")
-    for part in trainer.scored_references(records):  # logps, mask (b, 1, T)
+    for part in trainer.scored_experts(records):  # logps, mask (b, 1, T)
         loss = sft_loss(part.logps, part.mask, c.per_response, denominator=n)
         loss.backward()  # gradients add up in p.grad
         sums.share("loss", loss)
@@ -153,8 +153,8 @@ SFT = Method(
     "sft",
     SFTConfig,
     sft_update,
-    {"logp/chosen": ("nats/token", "mean log-prob of the references; rises, then levels off")},
-    [("Log-likelihood of references", "nats/token", ["logp/chosen"]), ("Loss", "nats/token", ["loss"])],
+    {"logp/chosen": ("nats/token", "mean log-prob of the expert answers; rises, then levels off")},
+    [("Log-likelihood of expert answers", "nats/token", ["logp/chosen"]), ("Loss", "nats/token", ["loss"])],
 )
 
 # ----------------------------------------------------------------------------------------------------------- DPO
@@ -207,7 +207,7 @@ def dpo_update(trainer: Trainer, records: list) -> dict:
     # A pair is a prompt with a group of two, so its prompt is computed once. Temperature 1: nothing was sampled.
     prompts, pairs = [r["prompt_ids"] for r in records], []
     for r in records:
-        pairs.append([r["reference_ids"], r["rejected_ids"]])
+        pairs.append([r["expert_ids"], r["rejected_ids"]])
     for part in trainer.parts(prompts, pairs, temperature=1.0):
         ref_chosen, ref_rejected = pair_reference(trainer, records[part.groups], part).unbind(1)
         chosen, rejected = part.score().logps.sum(-1).unbind(1)  # (b, 2, T) -> (b, 2) -> two (b,)

@@ -82,7 +82,7 @@ def judge(trainer, name, batch):
     """D of a step's samples (B, G), without gradient, and what to log. A cotrained D also gathers its own gradient here."""
     c, policy, G = trainer.config, trainer.policy, trainer.config.group_size
     if name == "cotrained":
-        groups = [[*group, y] for group, y in zip(batch.completions, batch.references)]
+        groups = [[*group, y] for group, y in zip(batch.completions, batch.experts)]
         found, total = [None] * len(groups), 0.0
         for part in micro_batches(batch.prompts, groups, c.micro_batch_tokens):
             with policy.role(ROLE):
@@ -106,7 +106,7 @@ def judge(trainer, name, batch):
             for group, text in zip(batch.completions, others)
         ]
         found, metrics = (
-            scores(name, policy, batch.prompts, batch.references, groups, c.micro_batch_tokens),
+            scores(name, policy, batch.prompts, batch.experts, groups, c.micro_batch_tokens),
             {},
         )
     samples = torch.tensor([row[:G] for row in found], device=policy.device)
@@ -148,7 +148,7 @@ def expert_pairs(policy, records, config, seed, draws=1):
             without += 1
             continue
         pair = [policy.encode_answer(record["chosen"]), policy.encode_answer(second)]
-        rng.shuffle(pair)  # roles: which of the two is the reference
+        rng.shuffle(pair)  # roles: which of the two is y
         q = policy.encode_prompt(record["prompt"])
         if 2 * len(q) + len(pair[0]) + max(len(pair[1]), config.max_new_tokens) > policy.context:
             long += 1
@@ -214,13 +214,13 @@ def check_context(policy, records, c):
     """UserError if a record's prompt, expert answer, prompt and sample do not fit into the model's context together."""
     for r in records:
         second = another_expert(r, c)
-        length = len(condition(r["prompt_ids"], r["reference_ids"])) + max(
+        length = len(condition(r["prompt_ids"], r["expert_ids"])) + max(
             c.max_new_tokens, len(policy.encode_answer(second)) if second else 0
         )
         if length > policy.context:
             raise UserError(
                 f"data {c.data}: the polar discriminator reads {length} tokens for the prompt {str(r['prompt'])[:60]!r}, more than the model's context of "
-                f"{policy.context}: set --max-prompt-tokens and --max-reference-tokens, or choose --discriminator embedding"
+                f"{policy.context}: set --max-prompt-tokens and --max-expert-tokens, or choose --discriminator embedding"
             )
 
 

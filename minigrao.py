@@ -139,12 +139,12 @@ def update(trainer: Trainer, records: list) -> dict:
 
     # 2. Compare: an answer is good if it is better than its group. While y beats the samples A_y > 0 and the step
     #    imitates it; once the policy has overtaken y, A_y < 0 and the same term pushes away from y.
-    A_o, A_y = group_advantages(batch.rewards, batch.reference_rewards, c.group)  # (B, G), (B,)
+    A_o, A_y = group_advantages(batch.rewards, batch.expert_rewards, c.group)  # (B, G), (B,)
 
     # 3. Learn, a micro-batch of whole prompt groups at a time. y is scored as one more completion of its prompt: the
     #    prompt is computed once for all G + 1, and J_imit is taken at the same temperature as J_expl, as their
     #    difference in the third term needs.
-    for part in trainer.scored(batch, sums, with_reference=True):
+    for part in trainer.scored(batch, sums, with_expert=True):
         J = part.logps.sum(-1) / part.mask.sum(
             -1
         )  # (b, G + 1): 1/|o| sum_t log pi(o_t); logps is 0 on padding
@@ -154,13 +154,13 @@ def update(trainer: Trainer, records: list) -> dict:
         # grao_loss averages over its own b prompts and the step over B. Without b / B, prompts in small micro-batches
         # would weigh more, and the gradient would depend on how much memory there is.
         (loss * b / len(records)).backward()
-        about = {"loss": loss, "logp/samples": J_expl.mean(), "logp/reference": J_imit.mean()}
+        about = {"loss": loss, "logp/samples": J_expl.mean(), "logp/expert": J_imit.mean()}
         for name, value in (about | {f"objective/{name}": term for name, term in terms.items()}).items():
             sums.mean(name, value, b)
 
     # 4. Step: the gradient's norm is clipped, AdamW moves the adapter.
     metrics = batch.metrics | sums.means() | trainer.optimizer_step()
-    metrics |= {"advantage/max": float(A_o.abs().max()), "advantage/reference": float(A_y.mean())}
+    metrics |= {"advantage/max": float(A_o.abs().max()), "advantage/expert": float(A_y.mean())}
     return metrics | shares(metrics)
 
 
@@ -187,17 +187,14 @@ METRICS = {
     "share/imitation": ("share", "likewise: large while y beats the samples, then falls"),
     "share/regularizer": ("share", "likewise"),
     "logp/samples": ("nats/token", "mean J_expl; rises as the policy sharpens"),
-    "logp/reference": ("nats/token", "mean J_imit; rises while the policy imitates"),
+    "logp/expert": ("nats/token", "mean J_imit; rises while the policy imitates"),
     "advantage/max": ("-", "largest |A| among the samples; at most sqrt(G)"),
-    "advantage/reference": (
-        "-",
-        "mean A_y: above 0 while y beats the policy, below 0 once the policy beats y",
-    ),
+    "advantage/expert": ("-", "mean A_y: above 0 while y beats the policy, below 0 once the policy beats y"),
 }
 PANELS = [
     ("Components of the objective", "share", ["share/exploration", "share/imitation", "share/regularizer"]),
-    ("Log-likelihood", "nats/token", ["logp/samples", "logp/reference"]),
-    ("Advantage of the reference", "-", ["advantage/reference"]),
+    ("Log-likelihood", "nats/token", ["logp/samples", "logp/expert"]),
+    ("Advantage of the expert answer", "-", ["advantage/expert"]),
     ("Loss", "nats", ["loss"]),
 ]
 NEXT = "--without imitation (an ablation), --group samples (the other reading of eq. (4)), --seed 1, or a chat model with --model DIR"

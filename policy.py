@@ -70,7 +70,7 @@ from engine.scoring import ChunkedLogProb, Pack, Scored, lora_forward
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-PASS_TOKENS = 4608  # completion tokens in one forward and backward pass: 8 samples of 512 and a reference answer; see Policy.in_passes
+PASS_TOKENS = 4608  # completion tokens in one forward and backward pass: 8 samples of 512 and an expert answer; see Policy.in_passes
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -139,7 +139,7 @@ from data.constraints import constraint_results, hack
 from data.loaders import load_records
 from data.messages import last_text
 from engine.draw import draw_calibration
-from engine.measures import against_references, bootstrap_interval, measures, nag, ras, report_pairs
+from engine.measures import against_experts, bootstrap_interval, measures, nag, ras, report_pairs
 from engine.models import find_model, whole_directory
 from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
 from engine.record import environment
@@ -230,9 +230,9 @@ class ModelReward:
 
     def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
         texts = [last_text(c, "assistant") for c in completions]
-        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
+        experts = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
         keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
-        for key, text, y in zip(keys, texts, references, strict=True):
+        for key, text, y in zip(keys, texts, experts, strict=True):
             if not self.pairwise or text != y:
                 groups.setdefault(key, {}).update({text: None, y: None})
         prompt_of = dict(zip(keys, prompts))
@@ -242,7 +242,7 @@ class ModelReward:
         ):
             groups[key] = dict(zip(groups[key], row))
         rewards = []
-        for key, text, y, cut in zip(keys, texts, references, truncated or [False] * len(texts)):
+        for key, text, y, cut in zip(keys, texts, experts, truncated or [False] * len(texts)):
             if not self.pairwise:
                 rewards.append(groups[key][text] - self.penalty * cut)
             else:
@@ -411,9 +411,9 @@ def pairs_to_measure(config, tokens, context, level):
 
 def print_samples(config, name, reward_fn, before, after):
     """RAS and NAG of a run by `reward_fn`, beside those by the reward that it was trained with."""
-    rewards, references = [], []
+    rewards, experts = [], []
     for part in (before, after):
-        prompts, answers = [s["prompt"] for s in part], [s["reference"] for s in part]
+        prompts, answers = [s["prompt"] for s in part], [s["expert"] for s in part]
         rewards.append(
             reward_fn(
                 prompts,
@@ -422,14 +422,14 @@ def print_samples(config, name, reward_fn, before, after):
                 truncated=[s["truncated"] for s in part],
             )
         )
-        references.append(reward_fn(prompts, answers, chosen=answers))
+        experts.append(reward_fn(prompts, answers, chosen=answers))
     print(f"{len(after)} held-out prompts of {config.samples}")
     recorded = (
         [[s["reward"] for s in part] for part in (before, after)],
-        [[s["reference_reward"] for s in part] for part in (before, after)],
+        [[s["expert_reward"] for s in part] for part in (before, after)],
     )
-    for title, numbers in (("by the reward of the run", recorded), (f"by {name}", (rewards, references))):
-        print(f"{title}\n  " + "\n  ".join(against_references(*numbers)))
+    for title, numbers in (("by the reward of the run", recorded), (f"by {name}", (rewards, experts))):
+        print(f"{title}\n  " + "\n  ".join(against_experts(*numbers)))
 
 
 def score_command(config):
@@ -459,11 +459,7 @@ def judge_command(config):
     if config.samples:
         before, after = read_samples(config)
         cases = [
-            [
-                (s["prompt"], s["completion"], s["reference"])
-                for s in part
-                if s["completion"] != s["reference"]
-            ]
+            [(s["prompt"], s["completion"], s["expert"]) for s in part if s["completion"] != s["expert"]]
             for part in (before, after)
         ]
         print_position([case for part in cases for case in part], judge)

@@ -32,9 +32,8 @@ from engine.draw import draw_curves
 from engine.measures import report, summary
 from engine.models import first_line, trim_memory
 from engine.record import RunFolder, peak_memory, read_jsonl
-from engine.scoring import Scored
 from engine.settings import check_settings
-from policy import Policy
+from policy import Policy, Scored
 from reward import checked_rewards, load_model_reward, verifier
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -123,10 +122,10 @@ class Batch:
     records: list
     prompts: list  # B lists of ids
     completions: list  # B lists of G lists of ids
-    references: list  # B lists of ids: `chosen`, EOS included
+    experts: list  # B lists of ids: `chosen`, EOS included
     sampled_logps: list  # as completions: log-probs as the sampler saw them
     rewards: Tensor  # (B, G)
-    reference_rewards: Tensor  # (B,)
+    expert_rewards: Tensor  # (B,)
     metrics: dict
     parts: list = field(default_factory=list)  # its micro-batches: Trainer.parts, or Trainer.minibatches
 
@@ -186,7 +185,7 @@ class Trainer:
         """
         c, method = self.config, self.method
         level = "tiny" if c.model == "tiny" else "chat"
-        if c.max_prompt_tokens or c.max_reference_tokens:
+        if c.max_prompt_tokens or c.max_expert_tokens:
             wanted = dict.fromkeys(wanted)
         self.records = load_records(c.data, "train", wanted["records"], seed=c.seed, level=level)
         self.held_out = load_records(c.data, "heldout", wanted["held_out"], seed=0, level=level)
@@ -202,7 +201,7 @@ class Trainer:
                 )
 
     def encode_all(self, wanted):
-        """Token ids of all prompts and references that this run can meet, checked against the context before anything is trained."""
+        """Token ids of all prompts and expert answers that this run can meet, checked against the context before anything is trained."""
         c, dropped, kept = self.config, 0, {}
         for part, most in wanted.items():
             kept[part] = []
@@ -216,12 +215,12 @@ class Trainer:
                     kept[part].append(encoded | {"record_index": len(kept[part])})
             if not kept[part]:
                 raise UserError(
-                    f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-reference-tokens"
+                    f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-expert-tokens"
                 )
         self.records, self.held_out = kept["records"], kept["held_out"]
         if dropped:
             print(
-                f"left out {dropped} records longer than --max-prompt-tokens or --max-reference-tokens",
+                f"left out {dropped} records longer than --max-prompt-tokens or --max-expert-tokens",
                 file=sys.stderr,
             )
         self.check_unknown()
@@ -230,17 +229,17 @@ class Trainer:
         """A record with its token ids; None if it is longer than the flags allow. UserError if it passes the model's context."""
         c, policy = self.config, self.policy
         ids = policy.encode_prompt(record["prompt"])
-        answers = {"reference_ids": policy.encode_answer(record["chosen"])}
+        answers = {"expert_ids": policy.encode_answer(record["chosen"])}
         if with_rejected:
             answers["rejected_ids"] = policy.encode_answer(record["rejected"])
         longest = max(map(len, answers.values()))
-        if 0 < c.max_prompt_tokens < len(ids) or 0 < c.max_reference_tokens < longest:
+        if 0 < c.max_prompt_tokens < len(ids) or 0 < c.max_expert_tokens < longest:
             return None
         if len(ids) + max(longest, c.max_new_tokens) > policy.context:
             raise UserError(
                 f"data {c.data}: the prompt {str(record['prompt'])[:60]!r} has {len(ids)} tokens and its answer {longest}; with "
                 f"{c.max_new_tokens} new tokens that passes the model's context of {policy.context}: set --max-prompt-tokens and "
-                "--max-reference-tokens to leave such records out"
+                "--max-expert-tokens to leave such records out"
             )
         return record | {"prompt_ids": ids, **answers}
 
@@ -274,7 +273,7 @@ class Trainer:
 
     def rewards(self, records, completions, truncated):
         """Rewards of one text for each record -> list[float]."""
-        skip = {"prompt", "prompt_ids", "reference_ids", "rejected_ids", "record_index"}
+        skip = {"prompt", "prompt_ids", "expert_ids", "rejected_ids", "record_index"}
         names = {name for record in records for name in record} - skip
         columns = {name: [record.get(name) for record in records] for name in names}
         columns["truncated"] = truncated
@@ -290,7 +289,7 @@ class Trainer:
         rewards = torch.tensor(self.rewards(repeated, texts, truncated))
         return rollout, texts, rewards.view(len(records), group_size)
 
-    def reference_rewards(self, records):
+    def expert_rewards(self, records):
         return torch.tensor(self.rewards(records, [r["chosen"] for r in records], [False] * len(records)))
 
     def rollout(self, records: list) -> Batch:
@@ -298,21 +297,21 @@ class Trainer:
         start, c = time.perf_counter(), self.config
         rollout, _, rewards = self.sample(records, c.group_size, seed=c.seed * 1_000_003 + self.step)
         sampling = time.perf_counter() - start
-        reference_rewards = self.reference_rewards(records)
+        expert_rewards = self.expert_rewards(records)
         prompts = [r["prompt_ids"] for r in records]
         metrics = self.rollout_metrics(rollout, rewards, sampling)
         metrics |= {
-            "reward/reference": float(reference_rewards.mean()),
+            "reward/expert": float(expert_rewards.mean()),
             "time/rollout": time.perf_counter() - start,
         }
         return Batch(
             records,
             prompts,
             rollout.completions,
-            [r["reference_ids"] for r in records],
+            [r["expert_ids"] for r in records],
             rollout.logps,
             rewards.to(self.policy.device),
-            reference_rewards.to(self.policy.device),
+            expert_rewards.to(self.policy.device),
             metrics,
             self.parts(prompts, rollout.completions),
         )
@@ -356,16 +355,16 @@ class Trainer:
             parts.append(Part(self.policy, groups, prompts[begin:end], completions[begin:end], temperature))
         return parts
 
-    def scored(self, batch: Batch, sums: Sums, with_reference=False, grad=True) -> Iterator[Part]:
+    def scored(self, batch: Batch, sums: Sums, with_expert=False, grad=True) -> Iterator[Part]:
         """The step's samples a micro-batch at a time: Parts with logps, ref_logps and mask (b, G, T).
 
-        with_reference: y is scored as one more completion of its prompt, the last one, so (b, G + 1, T): a prompt is then computed once
+        with_expert: y is scored as one more completion of its prompt, the last one, so (b, G + 1, T): a prompt is then computed once
         for all G + 1. grad=False: of numbers to keep and not to train on. Asked again for the same batch, as for another update on
         the same samples, the policy is scored anew and the reference, which has not changed, is not.
         """
         parts, G = batch.parts, self.config.group_size
-        if with_reference:
-            members = [[*samples, y] for samples, y in zip(batch.completions, batch.references)]
+        if with_expert:
+            members = [[*samples, y] for samples, y in zip(batch.completions, batch.experts)]
             parts = self.parts(batch.prompts, members)
         for part in parts:
             first = part.ref_logps is None
@@ -376,15 +375,15 @@ class Trainer:
                 scored = part.score()
             part.logps, part.mask = scored.logps, scored.mask
             if first:
-                samples = scored.samples() if with_reference else scored
+                samples = scored.samples() if with_expert else scored
                 ref_logps = part.ref_logps[:, :G, : samples.mask.shape[-1]]
                 sums.tokens(samples, ref_logps, batch.sampled_logps[part.groups])
             yield part
             part.logps = part.logps.detach()  # the graph lives for its own turn only
 
-    def scored_references(self, records: list, temperature: float = 1.0, grad=True) -> Iterator[Part]:
-        """The records' reference answers y likewise, in groups of one: Parts with logps and mask (b, 1, T)."""
-        answers = [[r["reference_ids"]] for r in records]
+    def scored_experts(self, records: list, temperature: float = 1.0, grad=True) -> Iterator[Part]:
+        """The records' expert answers y likewise, in groups of one: Parts with logps and mask (b, 1, T)."""
+        answers = [[r["expert_ids"]] for r in records]
         for part in self.parts([r["prompt_ids"] for r in records], answers, temperature):
             with torch.set_grad_enabled(grad):
                 scored = part.score()
@@ -438,22 +437,22 @@ class Trainer:
     def evaluate(self) -> list:
         """One sample for each held-out prompt, the same draws every time -> list of dicts as in samples.jsonl."""
         rollout, texts, rewards = self.sample(self.held_out, 1, seed=2**31 + self.config.seed)
-        reference_rewards = self.reference_rewards(self.held_out).tolist()
-        kl, logp_reference = self.held_out_logps(rollout.completions)
+        expert_rewards = self.expert_rewards(self.held_out).tolist()
+        kl, logp_expert = self.held_out_logps(rollout.completions)
         samples = []
         for i, record in enumerate(self.held_out):
             sample = {
                 "step": self.step,
                 "prompt": record["prompt"],
-                "reference": record["chosen"],
+                "expert": record["chosen"],
                 "completion": texts[i],
                 "reward": float(rewards[i, 0]),
-                "reference_reward": reference_rewards[i],
+                "expert_reward": expert_rewards[i],
                 "tokens": len(rollout.completions[i][0]),
                 "truncated": rollout.truncated[i][0],
                 "kl": kl[i],
-                "logp_reference": logp_reference[i],
-                "reference_tokens": len(record["reference_ids"]),
+                "logp_expert": logp_expert[i],
+                "expert_tokens": len(record["expert_ids"]),
             }
             if "constraints" in record:
                 sample["constraints"] = record["constraints"]
@@ -462,15 +461,15 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_logps(self, completions):
-        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi || ref); and J_imit of its reference."""
+        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi || ref); and J_imit of its expert answer."""
         prompts = [r["prompt_ids"] for r in self.held_out]
-        members = [[ids[0], r["reference_ids"]] for ids, r in zip(completions, self.held_out)]
-        kl, logp_reference = [], []
+        members = [[ids[0], r["expert_ids"]] for ids, r in zip(completions, self.held_out)]
+        kl, logp_expert = [], []
         for part in self.parts(prompts, members):
             scored, frozen = part.score(), part.score("reference")
             kl += (scored.logps - frozen.logps)[:, 0].sum(-1).tolist()
-            logp_reference += scored.sequence_mean()[:, 1].tolist()
-        return kl, logp_reference
+            logp_expert += scored.sequence_mean()[:, 1].tolist()
+        return kl, logp_expert
 
     # -- state --------------------------------------------------------------------------------------------------------------------
 
@@ -635,7 +634,7 @@ def run(method, given, reward_fn=None):
 
 # Panels of curves.png that every method has: (title, y label, metrics).
 PANELS = [
-    ("Reward", "reward", ["reward/mean", "reward/reference", "eval/reward"]),
+    ("Reward", "reward", ["reward/mean", "reward/expert", "eval/reward"]),
     ("KL to the reference", "nats/token", ["kl/k1", "kl/k3"]),
     ("Entropy", "nats/token", ["entropy"]),
     ("Length of samples", "tokens", ["length/min", "length/mean", "length/max"]),
@@ -645,11 +644,9 @@ PANELS = [
 
 def evaluation(samples):
     s = summary(samples)
-    means = {
-        name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_reference")
-    }
+    means = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_expert")}
     measures = {
-        name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "reference")
+        name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "expert")
     } | means
     return {f"eval/{name}": value for name, value in measures.items()}
 
@@ -657,7 +654,7 @@ def evaluation(samples):
 def postfix(metrics):
     names = {
         "reward/mean": "reward",
-        "reward/reference": "ref",
+        "reward/expert": "expert",
         "kl/k1": "kl",
         "entropy": "ent",
         "length/mean": "len",

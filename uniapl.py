@@ -292,8 +292,8 @@ def update(trainer: Trainer, records: list) -> dict:
             gradient.add(uniapl_loss(L_grpo, 0, L_adv, mu, lam), preference=L_grpo, adversarial=L_adv)
 
     # 2. The expert's answers y: imitation in the same step, so that exploration keeps its ground.
-    n = denominator([[r["reference_ids"]] for r in records], "token")
-    for part in trainer.scored_references(records, grad=mu > 0 and not rests):  # logps, mask (b, 1, T)
+    n = denominator([[r["expert_ids"]] for r in records], "token")
+    for part in trainer.scored_experts(records, grad=mu > 0 and not rests):  # logps, mask (b, 1, T)
         sums.add("logp/expert", part.logps, part.mask)
         L_sft = imitation_loss(c, part, n)
         gradient.add(uniapl_loss(0, L_sft, 0, mu, lam), imitation=L_sft)
@@ -332,7 +332,7 @@ def judged_rollout(trainer: Trainer, records: list) -> tuple:
 
 def finish(trainer: Trainer, records: list, gradient: "Gradient", sums: Sums) -> dict:
     """The optimiser's step on what was gathered -> metrics."""
-    lengths = [len(r["reference_ids"]) for r in records]
+    lengths = [len(r["expert_ids"]) for r in records]
     metrics = {"length/expert": sum(lengths) / len(lengths), "loss": gradient.loss}
     return metrics | gradient.finish() | sums.means() | trainer.optimizer_step()
 
@@ -436,8 +436,8 @@ def ptx_update(trainer: Trainer, records: list) -> dict:
     for part in trainer.scored(batch, sums):
         L_grpo = preference_loss(c, part, A, n)
         gradient.add(L_grpo, preference=L_grpo)
-    n = denominator([[y] for y in batch.references], "token")
-    for part in trainer.scored_references(records, grad=c.ptx_coef > 0):
+    n = denominator([[y] for y in batch.experts], "token")
+    for part in trainer.scored_experts(records, grad=c.ptx_coef > 0):
         sums.add("logp/expert", part.logps, part.mask)
         L_sft = imitation_loss(c, part, n)
         gradient.add(c.ptx_coef * L_sft, imitation=L_sft)
@@ -460,17 +460,15 @@ def luffy_update(trainer: Trainer, records: list) -> dict:
     c, sums, gradient = trainer.config, Sums(), Gradient(trainer)
     batch, _, metrics = judged_rollout(trainer, records)
     # One group of G + 1: y is good only as far as its reward beats the samples', unlike in SFT.
-    group = torch.cat([batch.rewards, batch.reference_rewards[:, None]], 1)  # (B, G + 1)
+    group = torch.cat([batch.rewards, batch.expert_rewards[:, None]], 1)  # (B, G + 1)
     A, A_y = grpo_advantages(group).split([c.group_size, 1], 1)  # (B, G), (B, 1)
     # One group, one count: counted apart, a lone y would weigh as much as all G samples.
-    n = denominator(batch.completions, c.aggregate) + denominator(
-        [[y] for y in batch.references], c.aggregate
-    )
+    n = denominator(batch.completions, c.aggregate) + denominator([[y] for y in batch.experts], c.aggregate)
     for part in trainer.scored(batch, sums):
         L_grpo = preference_loss(c, part, A, n)
         gradient.add(L_grpo, preference=L_grpo)
     # At the samples' temperature, because they share a group.
-    for part in trainer.scored_references(records, c.temperature):
+    for part in trainer.scored_experts(records, c.temperature):
         sums.add("logp/expert", part.logps, part.mask)
         L_luffy = luffy_loss(part.logps, A_y[part.groups], part.mask, aggregate=c.aggregate, denominator=n)
         gradient.add(L_luffy, imitation=L_luffy)
@@ -493,9 +491,9 @@ def hpt_update(trainer: Trainer, records: list) -> dict:
         L_grpo = preference_loss(c, part, A, n)
         gradient.add(L_grpo, preference=L_grpo)
     # The token mean over the imitated experts, weighted by their share of the prompts: all is SFT, none is GRPO.
-    share, tokens = fails.float().mean(), completion_mask([[y] for y in batch.references]).to(fails.device)
+    share, tokens = fails.float().mean(), completion_mask([[y] for y in batch.experts]).to(fails.device)
     n = (tokens & fails[..., None]).sum().clamp(min=1) / share.clamp(min=1e-9)
-    for part in trainer.scored_references(records):
+    for part in trainer.scored_experts(records):
         sums.add("logp/expert", part.logps, part.mask)
         L_sft = sft_loss(part.logps, part.mask & fails[part.groups][..., None], denominator=n)
         gradient.add(L_sft, imitation=L_sft)

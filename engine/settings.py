@@ -44,6 +44,10 @@ PRESETS = {
 }
 
 
+# Former spelling -> today's: the flags go on working, and runs that were started with them can be resumed.
+RENAMED_SETTINGS = {"max_reference_tokens": "max_expert_tokens"}
+
+
 @dataclass
 class Config:
     presets = {}  # what a method changes in PRESETS: {"tiny": {...}, "chat": {...}}
@@ -105,8 +109,8 @@ class Config:
     max_prompt_tokens: int = setting(
         0, "leave out records with a longer prompt, tokens (0: no limit)", low=0, high=10**6
     )
-    max_reference_tokens: int = setting(
-        0, "leave out records with a longer reference answer, tokens (0: no limit)", low=0, high=10**6
+    max_expert_tokens: int = setting(
+        0, "leave out records with a longer expert answer, tokens (0: no limit)", low=0, high=10**6
     )
     eval_every: int = setting(
         None, "steps between evaluations on held-out prompts and between checkpoints", low=1, high=10**6

@@ -122,7 +122,7 @@ def settings_of(words):
 
 
 def write_graded(suite, data, folder):
-    """quality-SHARE.jsonl for every share: the suite's tasks with so many right references; of a file, with so many pairs the right way round."""
+    """quality-SHARE.jsonl for every share: the suite's tasks with so many right expert answers; of a file, with so many pairs the right way round."""
     folder.mkdir(parents=True, exist_ok=True)
     level, n = suites.SUITES[suite].level, suites.SUITES[suite].records
     for share in suites.SHARES:
@@ -161,14 +161,14 @@ def stop_without_runner():
 
 
 def score_samples(path, model):
-    """Add to every line of samples.jsonl what another reward model gives: judge_reward of the answer, judge_reference_reward of the reference.
+    """Add to every line of samples.jsonl what another reward model gives: judge_reward of the answer, judge_expert_reward of the expert's.
 
     Its raw scores: the penalty for a cut answer belongs to training, and would decide most comparisons by itself.
     """
     lines, judge = read_jsonl(path), ModelReward(load_scorer(model), model)
     prompts = [line["prompt"] for line in lines]
-    scored = (judge(prompts, [line[kind] for line in lines]) for kind in ("completion", "reference"))
-    lines = [line | {"judge_reward": a, "judge_reference_reward": b} for line, a, b in zip(lines, *scored)]
+    scored = (judge(prompts, [line[kind] for line in lines]) for kind in ("completion", "expert"))
+    lines = [line | {"judge_reward": a, "judge_expert_reward": b} for line, a, b in zip(lines, *scored)]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return lines
 

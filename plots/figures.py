@@ -116,8 +116,8 @@ def comparison(logs):
     for axis, (measure, text) in zip(axes, panels.items()):
         dots(axis, logs, names, measure, percent="%" in text, texts=axis is axes[0])
         axis.set_xlabel(text)
-    references = next(iter(logs[names[0]].values())).after["reference_reward"].mean()
-    axes[2].axvline(references, color=COLOURS["base"], linestyle=":", linewidth=1)
+    experts = next(iter(logs[names[0]].values())).after["expert_reward"].mean()
+    axes[2].axvline(experts, color=COLOURS["base"], linestyle=":", linewidth=1)
     return figure
 
 
@@ -194,13 +194,13 @@ def components(logs):
     ):
         steps, rows = curves(logs, "grao", f"share/{term}")
         band(middle, steps, rows, "grao", term.replace("z", "s"), window=5, color=grey, linestyle=style)
-    steps, rows = curves(logs, "grao", "advantage/reference")
+    steps, rows = curves(logs, "grao", "advantage/expert")
     band(right, steps, rows, "grao", "", window=5)
     right.axhline(0, color="#999999", linewidth=0.8)
     left.set(title="Total loss (Fig. 4)", xlabel="step", ylabel="nats")
     middle.set(title="Share of |term| (Fig. 5)", xlabel="step", ylim=(0, None))
     middle.legend(fontsize=8)
-    right.set(title="Advantage of the reference", xlabel="step")
+    right.set(title="Advantage of the expert answer", xlabel="step")
     return figure
 
 
@@ -250,7 +250,7 @@ def quality(logs):
     need(logs, "grpo-quality1")
     lines = {m: [s for s in suites.SHARES if f"{m}-quality{s:g}" in logs] for m in suites.IMITATORS}
     if not any(lines.values()):
-        raise Absent("methods on references of graded quality")
+        raise Absent("methods on expert answers of graded quality")
     figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
     for i, (method, shares) in enumerate(lines.items()):
         if shares:
@@ -274,15 +274,15 @@ def quality(logs):
     axis.plot(ends, [mean] * 2, color=colour("grpo"), label="GRPO, which does not read them")
     if (
         next(iter(logs["grpo-quality1"].values())).settings.get("reward", "verifier") == "verifier"
-    ):  # whose mean over references is that share
-        axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the references themselves")
+    ):  # whose mean over expert answers is that share
+        axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the expert answers themselves")
     axis.axhline(
         np.mean([run.before["reward"].mean() for run in logs["grpo-quality1"].values()]),
         color=COLOURS["base"],
         linewidth=0.8,
         label="before training",
     )
-    axis.set(xlabel="share of right references", ylabel="mean reward, held out")
+    axis.set(xlabel="share of right expert answers", ylabel="mean reward, held out")
     figure.legend(loc="outside right center", fontsize=8)
     return figure
 
@@ -350,12 +350,12 @@ def distributions(logs):
     names = ("sft", "grpo", "uniapl")
     need(logs, *names)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
-    expert = study.matrix(logs, "sft", "reference_tokens").ravel()
+    expert = study.matrix(logs, "sft", "expert_tokens").ravel()
     lengths = {name: study.matrix(logs, name, "tokens").ravel() for name in names}
     top = np.quantile(np.concatenate([expert, *lengths.values()]), 0.995)
     bins = np.arange(0.5, top + 1.5) if top < 40 else np.linspace(0.5, top + 0.5, 40)
-    scores = {name: study.matrix(logs, name, "logp_reference").ravel() for name in names}
-    scores = {"base": np.concatenate([log.before["logp_reference"] for log in logs["sft"].values()])} | scores
+    scores = {name: study.matrix(logs, name, "logp_expert").ravel() for name in names}
+    scores = {"base": np.concatenate([log.before["logp_expert"] for log in logs["sft"].values()])} | scores
     for name, values in ({"expert": expert} | lengths).items():
         style = dict(color="black", linestyle=":") if name == "expert" else dict(color=colour(name))
         left.hist(
@@ -419,7 +419,7 @@ def cost(logs):
 SECTIONS = {
     "comparison": (
         "Comparison (the paper's tables 1 and 2)",
-        "whether GRAO's interval clears the others', and what it pays in KL and length; dotted: the references",
+        "whether GRAO's interval clears the others', and what it pays in KL and length; dotted: the expert answers",
         comparison,
         tables.comparison,
     ),
@@ -437,7 +437,7 @@ SECTIONS = {
     ),
     "components": (
         "Components (Fig. 4 and 5)",
-        "imitation while the references beat the samples, then exploration; below 0 the references are pushed away",
+        "imitation while the expert answers beat the samples, then exploration; below 0 they are pushed away",
         components,
         None,
     ),
@@ -448,8 +448,8 @@ SECTIONS = {
         None,
     ),
     "quality": (
-        "Imperfect references",
-        "where a method's line crosses GRPO's, and whether SFT stays below the references it imitates",
+        "Imperfect expert answers",
+        "where a method's line crosses GRPO's, and whether SFT stays below the expert answers it imitates",
         quality,
         tables.quality,
     ),

@@ -4,7 +4,7 @@
     load(OUT) -> {name: {seed: Log}}
 
 samples.jsonl holds a line for each of the two evaluations, a column for each measure, in the order of the held-out prompts, which is the same in
-every run on the same data: {"step": 60, "reward": [1.0, 0.0, ...], "tokens": [...], ..., "texts": [{"prompt", "reference", "completion"}, ...]}.
+every run on the same data: {"step": 60, "reward": [1.0, 0.0, ...], "tokens": [...], ..., "texts": [{"prompt", "expert", "completion"}, ...]}.
 """
 
 import argparse
@@ -24,19 +24,19 @@ from engine.record import read_jsonl
 TEXTS = 8  # held-out answers kept as text
 COLUMNS = (
     "reward",
-    "reference_reward",
+    "expert_reward",
     "tokens",
-    "reference_tokens",
+    "expert_tokens",
     "truncated",
     "kl",
-    "logp_reference",
+    "logp_expert",
     "judge_reward",
-    "judge_reference_reward",
+    "judge_expert_reward",
 )
 METRICS = (  # what the figures draw over steps
     "step",
     "reward/mean",
-    "reward/reference",
+    "reward/expert",
     "groups/no_signal",
     "length/mean",
     "kl/k1",
@@ -52,8 +52,8 @@ METRICS = (  # what the figures draw over steps
     "objective/exploration",
     "objective/imitation",
     "objective/regularizer",
-    "advantage/reference",
-    "logp/reference",
+    "advantage/expert",
+    "logp/expert",
     "gradient/imitation",
     "gradient/preference",
     "gradient/adversarial",
@@ -64,9 +64,9 @@ METRICS = (  # what the figures draw over steps
     "distinct/2",
     "stage",
     "eval/reward",
-    "eval/reference",
+    "eval/expert",
     "eval/kl",
-    "eval/logp_reference",
+    "eval/logp_expert",
 )
 
 
@@ -86,7 +86,7 @@ def keep(folder, target, about):
         part = [s for s in samples if s["step"] == step]
         line = {"step": step} | {k: [short(float(s[k])) for s in part] for k in COLUMNS if k in part[0]}
         lines.append(
-            line | {"texts": [{k: s[k] for k in ("prompt", "reference", "completion")} for s in part[:TEXTS]]}
+            line | {"texts": [{k: s[k] for k in ("prompt", "expert", "completion")} for s in part[:TEXTS]]}
         )
     with whole_directory(target) as tmp:
         (tmp / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -173,7 +173,7 @@ def common_seeds(logs, names):
 def matrix(logs, name, measure, seeds=None):
     """A measure of a method's answers after training -> (S, P), rows by seed. UserError where runs answer other prompts.
 
-    measure: "reward", "ras" (1 where it beats the reference's reward), "nag" (sign against the policy before training), "kl", "tokens", or
+    measure: "reward", "ras" (1 where it beats the expert answer's reward), "nag" (sign against the policy before training), "kl", "tokens", or
     another column. Where a judge scored the run, "ras", "nag" and "judged" are by the judge, "reward" by what trained it.
     """
     rows = []
@@ -181,7 +181,7 @@ def matrix(logs, name, measure, seeds=None):
         before, after = logs[name][seed].before, logs[name][seed].after
         judged = "judge_" if "judge_reward" in after else ""
         if measure == "ras":
-            rows.append((after[judged + "reward"] > after[judged + "reference_reward"]).astype(float))
+            rows.append((after[judged + "reward"] > after[judged + "expert_reward"]).astype(float))
         elif measure == "nag":
             rows.append(np.sign(after[judged + "reward"] - before[judged + "reward"]))
         else:

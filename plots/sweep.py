@@ -50,7 +50,7 @@ def final_reward(method, given, path):
     trainer.held_out = trainer.records[:MOST]
     measured = summary(trainer.evaluate())
     return {"lr": given["lr"], "prompts": len(trainer.held_out)} | {
-        key: measured[key] for key in ("reward", "low", "high", "reference", "tokens")
+        key: measured[key] for key in ("reward", "low", "high", "expert", "tokens")
     }
 
 

@@ -155,7 +155,7 @@ def comparison(logs):
         [
             LABELS["base"],
             len(some),
-            interval(base[prefix + "reward"] > base[prefix + "reference_reward"], percent=True),
+            interval(base[prefix + "reward"] > base[prefix + "expert_reward"], percent=True),
             "",
             interval(base["reward"]),
             *([interval(base["judge_reward"])] if judged else []),
@@ -190,10 +190,10 @@ def comparison(logs):
                 f"{100 * m['truncated'].mean():.1f}",
             ]
         )
-    share = np.mean(some[seeds[names[0]][0]].after["reference_reward"])
+    share = np.mean(some[seeds[names[0]][0]].after["expert_reward"])
     text = markdown(header, rows) + missing_note(logs, suites.COMPARED)
     text += "\nMean and 95 % interval, seeds and held-out prompts redrawn. NAG is wins minus losses against the policy before training. "
-    text += f"Mean reward of the references: {share:.3f}."
+    text += f"Mean reward of the expert answers: {share:.3f}."
     if judged:
         text += " RAS and NAG are by the second reward model, which no run was trained with: its raw scores, without the mean reward's penalty for a cut answer."
     return text + "\n\n" + paired(logs, names, "judged" if judged else "reward") + "\n" + paper(logs, names)
@@ -265,7 +265,7 @@ def paper(logs, names):
         rows[-1] += ["–"] * (len(header) - len(rows[-1]))
     return (
         markdown(header, rows)
-        + "\nThe paper: HH-RLHF, a judge (DeepSeek-V3) that compares with the reference; other models, data and reward than ours.\n"
+        + "\nThe paper: HH-RLHF, a judge (DeepSeek-V3) that compares with y_ref; other models, data and reward than ours.\n"
     )
 
 
@@ -369,7 +369,7 @@ def ablations(logs):
 
 
 def quality(logs):
-    """A row for every method, a column for every share of right references."""
+    """A row for every method, a column for every share of right expert answers."""
     rows = []
     for method in suites.IMITATORS:
         cells = [f"{method}-quality{share:g}" for share in suites.SHARES]
@@ -388,12 +388,12 @@ def quality(logs):
             ]
         )
     return markdown(
-        ["mean reward, by share of right references", *(f"{share:.0%}" for share in suites.SHARES)], rows
+        ["mean reward, by share of right expert answers", *(f"{share:.0%}" for share in suites.SHARES)], rows
     ) + crossings(logs)
 
 
 def crossings(logs):
-    """The shares of right references at which each method's line through its means crosses GRPO's, means over the seeds that both have."""
+    """The shares of right expert answers at which each method's line through its means crosses GRPO's, means over the seeds that both have."""
     if "grpo-quality1" not in logs:
         return ""
     text = ""
@@ -422,7 +422,9 @@ def crossings(logs):
             )
             where = " and ".join(f"{x:.0%}" for x in found)
             text += f"\n{label(method)} " + (
-                f"crosses GRPO at {where} of right references." if found else f"does not cross GRPO: {side}."
+                f"crosses GRPO at {where} of right expert answers."
+                if found
+                else f"does not cross GRPO: {side}."
             )
     return text + "\n"
 
@@ -439,7 +441,7 @@ def uniapl(logs):
         )
 
     def expert(name):
-        return interval(matrix(logs, name, "logp_reference"), 2)
+        return interval(matrix(logs, name, "logp_expert"), 2)
 
     names = suites.PARTS["uniapl"]
     same = {name: logs[name] for name in present(logs, names)}
@@ -491,7 +493,7 @@ def samples(logs, count=6):
     for i, before in enumerate(first.before["texts"][:count]):
         prompt = before["prompt"] if isinstance(before["prompt"], str) else before["prompt"][-1]["content"]
         rows = [
-            ["reference", f"{quoted(before['reference'])} ({first.after['reference_reward'][i]:g})"],
+            ["expert", f"{quoted(before['expert'])} ({first.after['expert_reward'][i]:g})"],
             ["before training", f"{quoted(before['completion'])} ({first.before['reward'][i]:g})"],
         ]
         for name in names:

@@ -37,7 +37,7 @@ def write_run(folder, name, seed, reward, judged=False):
             if name.startswith("uniapl"):
                 line |= {"score/accuracy": 1 - step / 10}
             line |= {f"share/{term}": 1 / 3 for term in ("exploration", "imitation", "regularizer")} | {
-                "advantage/reference": 1 - step / 4
+                "advantage/expert": 1 - step / 4
             }
         if step % 2 == 0:
             line |= {"eval/reward": 0.1 + (reward - 0.1) * step / STEPS}
@@ -47,19 +47,15 @@ def write_run(folder, name, seed, reward, judged=False):
         for i in range(PROMPTS):
             paid = float(i < round(PROMPTS * (reward if step else 0.25)))
             sample = dict(
-                step=step, prompt=f"prompt {i} | x", reference=f"reference {i}", completion=f"{name} {step}"
+                step=step, prompt=f"prompt {i} | x", expert=f"expert {i}", completion=f"{name} {step}"
             )
             sample |= dict(
-                reward=paid,
-                reference_reward=float(i % 2),
-                tokens=5 + i % 3,
-                reference_tokens=6,
-                truncated=False,
+                reward=paid, expert_reward=float(i % 2), tokens=5 + i % 3, expert_tokens=6, truncated=False
             )
-            sample |= dict(kl=1 / 3 if step else 0.0, logp_reference=-float(rng.random()))
+            sample |= dict(kl=1 / 3 if step else 0.0, logp_expert=-float(rng.random()))
             samples.append(
                 sample
-                | ({"judge_reward": 2.0 if step else 0.0, "judge_reference_reward": 1.0} if judged else {})
+                | ({"judge_reward": 2.0 if step else 0.0, "judge_expert_reward": 1.0} if judged else {})
             )
     for file, content in (("metrics", lines), ("samples", samples)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
@@ -177,13 +173,13 @@ def test_numbers_in_the_tables(whole):
         "\nSFT does not cross GRPO: level somewhere" in tables.crossings(logs) and tables.crossings({}) == ""
     )
     cut = {name: logs[name] for name in ("grpo-quality1", "grao-quality0.25", "grao-quality1")}
-    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(
+    assert "\nGRAO crosses GRPO at 62% of right expert answers." in tables.crossings(
         cut
     )  # 0.25 below at 25 %, 0.25 above at 100 %
     cut["grpo-quality1"] = cut["grpo-quality1"] | {
         9: logs["grao-quality1"][0]
     }  # a seed of GRPO's alone is no part of that
-    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)
+    assert "\nGRAO crosses GRPO at 62% of right expert answers." in tables.crossings(cut)
     row = next(line for line in tables.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
     assert row == "| unified, λ = 3 | 2 | 0.900 → 0.400 | 1.000 → 1.000 | 0.500 → 0.500 | 5.000 → 5.000 |"
     assert "| CHORD (unified, λ = 0) | 2 | – |" in tables.anchor(logs)

@@ -116,9 +116,7 @@ def random_ids(model, rows, n, generator):
 def make_case(method, model, prompts, group, tokens, **changes):
     """One case: token ids drawn at random, and the settings that both sides follow."""
     generator = torch.Generator().manual_seed(0)
-    answers = {
-        kind: random_ids(model, prompts, tokens, generator) for kind in ("reference_ids", "rejected_ids")
-    }
+    answers = {kind: random_ids(model, prompts, tokens, generator) for kind in ("expert_ids", "rejected_ids")}
     return dict(
         method=method, model=model, prompts=random_ids(model, prompts, PROMPT, generator), group=group, tokens=tokens, lr=LR, rank=RANK, dtype="bfloat16", quantize="none",
         device="cuda" if torch.cuda.is_available() else "cpu", threads=torch.get_num_threads(), beta={"grpo": 0.04, "dpo": 0.1}.get(method, 0.0), checkpointing=False,

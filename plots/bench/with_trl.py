@@ -88,7 +88,7 @@ class TRL(TrainerCallback):
         elif case["method"] == "sft":
             rows = [
                 {"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)}
-                for p, a in zip(prompts, case["reference_ids"])
+                for p, a in zip(prompts, case["expert_ids"])
             ]
             config = SFTConfig(
                 **shared, per_device_train_batch_size=B, max_length=None, completion_only_loss=True
@@ -97,7 +97,7 @@ class TRL(TrainerCallback):
         else:
             rows = [
                 {"prompt_ids": p, "chosen_ids": a, "rejected_ids": r}
-                for p, a, r in zip(prompts, case["reference_ids"], case["rejected_ids"])
+                for p, a, r in zip(prompts, case["expert_ids"], case["rejected_ids"])
             ]
             del shared["shuffle_dataset"]
             config = DPOConfig(**shared, per_device_train_batch_size=B, max_length=None, beta=case["beta"])
