@@ -1,28 +1,36 @@
-"""The baselines that GRAO and UniAPL are compared with: SFT, DPO, PPO and GRPO, on the same loop, data and flags as minigrao.py.
+"""The baselines that GRAO and UniAPL are compared with: SFT, DPO, PPO and GRPO, on the same loop, data and
+flags as minigrao.py.
 
     python baselines.py sft     # mean log-likelihood of the expert answer              arXiv 2508.07750 eq. (1), 2604.23747
     python baselines.py dpo     # a classifier of chosen against rejected               arXiv 2305.18290 eq. (7)
     python baselines.py grpo    # clipped ratio, the group as baseline, KL in the loss  arXiv 2402.03300 eq. (3)
     python baselines.py ppo     # clipped ratio, a value function, KL in the reward     arXiv 1707.06347 eq. (7), 1506.02438 eq. (16)
 
-A section for each method: what its paper says, the loss as a pure function of tensors, the settings, the step. Equation numbers are those of
-the newest arXiv versions. Where these methods leave their papers, and TRL, which many readers know:
+A section for each method: what its paper says, the loss as a pure function of tensors, the settings, the
+step. Equation numbers are those of the newest arXiv versions. Where these methods leave their papers, and
+TRL, which many readers know:
 
-- SFT averages over all target tokens of the optimisation step, not over means of micro-batches (2604.23747 traces a widespread weak
-  SFT baseline to that). GRAO's mean of per-response means is `--per-response`. SFT and DPO score at temperature 1 whatever --temperature is.
-- DPO has label smoothing (conservative DPO, ericmitchell.ai/cdpo.pdf). TRL 1.12's default DPO loss takes the setting and ignores it.
-- GRPO's std is the population's (over G) plus 1e-6, a tied group's advantage exactly 0. The paper does not say which std; TRL divides by
-  G - 1 and adds 1e-4: at G = 8 its advantages are 0.94 of these. The clip bounds are set apart (DAPO, 2503.14476). --aggregate is the
-  paper's "sequence", DAPO's "token" (TRL's default) or Dr. GRPO's "constant" (2503.20783). The KL is off unless asked for, and then
-  k3_ratio, whose gradient is that of KL(pi || ref); the paper's is `--kl k3 --kl-coef 0.04`. Each update takes the whole rollout.
-- PPO puts the score on the EOS token, after which the value is 0. TRL puts it one position later and keeps a value there. The value loss is
-  clipped as in OpenAI's code, not in the paper. Whitening divides by the population's std, TRL's by n - 1. Mini-batches are whole prompt
-  groups, visited in random order. The value function is a LoRA adapter of its own, so no coefficient weighs its loss against the policy's.
+- SFT averages over all target tokens of the optimisation step, not over means of micro-batches (2604.23747
+  traces a widespread weak SFT baseline to that). GRAO's mean of per-response means is `--per-response`. SFT
+  and DPO score at temperature 1 whatever --temperature is.
+- DPO has label smoothing (conservative DPO, ericmitchell.ai/cdpo.pdf). TRL 1.12's default DPO loss takes the
+  setting and ignores it.
+- GRPO's std is the population's (over G) plus 1e-6, a tied group's advantage exactly 0. The paper does not
+  say which std; TRL divides by G - 1 and adds 1e-4: at G = 8 its advantages are 0.94 of these. The clip
+  bounds are set apart (DAPO, 2503.14476). --aggregate is the paper's "sequence", DAPO's "token" (TRL's
+  default) or Dr. GRPO's "constant" (2503.20783). The KL is off unless asked for, and then k3_ratio, whose
+  gradient is that of KL(pi || ref); the paper's is `--kl k3 --kl-coef 0.04`. Each update takes the whole
+  rollout.
+- PPO puts the score on the EOS token, after which the value is 0. TRL puts it one position later and keeps a
+  value there. The value loss is clipped as in OpenAI's code, not in the paper. Whitening divides by the
+  population's std, TRL's by n - 1. Mini-batches are whole prompt groups, visited in random order. The value
+  function is a LoRA adapter of its own, so no coefficient weighs its loss against the policy's.
 
-Shapes and denominators are those of losses.py: (..., T) with a mask, and `denominator`, the count of the whole optimisation step.
-`parts` and `about` are detached scalars. One letter means two things in these papers: beta is DPO's strength of the reference here,
-the weight of imitation in minigrao.py, and in GRPO's paper the weight of the KL, which is kl_coef here. mu is GRPO's number of updates
-here (updates_per_rollout) and the weight of imitation in uniapl.py. A reference (ref_logps, pi_ref) is always the frozen model.
+Shapes and denominators are those of losses.py: (..., T) with a mask, and `denominator`, the count of the
+whole optimisation step. `parts` and `about` are detached scalars. One letter means two things in these
+papers: beta is DPO's strength of the reference here, the weight of imitation in minigrao.py, and in GRPO's
+paper the weight of the KL, which is kl_coef here. mu is GRPO's number of updates here (updates_per_rollout)
+and the weight of imitation in uniapl.py. A reference (ref_logps, pi_ref) is always the frozen model.
 """
 
 import math
@@ -116,8 +124,8 @@ from losses import (
 )
 from train import Part, Sums, Trainer, main
 
-# ----------------------------------------------------------------------------------------------------------- SFT
-# Imitation and nothing else: raise the likelihood of the expert answer y. 2508.07750 eq. (1):
+# -----------------------------------------------------------------------------------------------------------
+# SFT Imitation and nothing else: raise the likelihood of the expert answer y. 2508.07750 eq. (1):
 #
 #     J_SFT = E[ 1/|y| Σₜ log π(yₜ | q, y_<t) ]
 #
@@ -127,8 +135,8 @@ from train import Part, Sums, Trainer, main
 def sft_loss(logps: Tensor, mask: Tensor, per_response=False, denominator=None) -> Tensor:
     """Negative log-likelihood of the target tokens, logps and mask (..., T) -> scalar, nats per token.
 
-    Over all tokens (2604.23747), or with per_response the mean of the responses' own means (2508.07750 eq. (1)), in
-    which a token of a short answer weighs more than one of a long answer.
+    Over all tokens (2604.23747), or with per_response the mean of the responses' own means (2508.07750 eq.
+    (1)), in which a token of a short answer weighs more than one of a long answer.
     """
     mask, logps = clean(mask, logps=logps)
     aggregate = "sequence" if per_response else "token"
@@ -138,7 +146,8 @@ def sft_loss(logps: Tensor, mask: Tensor, per_response=False, denominator=None) 
 def sft_update(trainer: Trainer, records: list) -> dict:
     """One optimisation step of SFT on B expert answers: no rollout, no reward, no reference."""
     c, sums = trainer.config, Sums()
-    # The step's count, before the loop. With each micro-batch's own, the gradient would depend on how much memory there is.
+    # The step's count, before the loop. With each micro-batch's own, the gradient would depend on how much
+    # memory there is.
     answers = [[r["expert_ids"]] for r in records]
     n = denominator(answers, "sequence" if c.per_response else "token")
     for part in trainer.scored_experts(records):  # logps, mask (b, 1, T)
@@ -157,10 +166,10 @@ SFT = Method(
     [("Log-likelihood of expert answers", "nats/token", ["logp/chosen"]), ("Loss", "nats/token", ["loss"])],
 )
 
-# ----------------------------------------------------------------------------------------------------------- DPO
-# Preference without a reward model and without samples. The policy that maximises a reward r under a KL penalty of weight
-# beta has r(q, y) = beta log π(y | q) / π_ref(y | q) + beta log Z(q) (2305.18290 eq. (5)), so a policy *is* a reward model; train it as one
-# on pairs, chosen y_w against rejected y_l (eq. (7)):
+# -----------------------------------------------------------------------------------------------------------
+# DPO Preference without a reward model and without samples. The policy that maximises a reward r under a KL
+# penalty of weight beta has r(q, y) = beta log π(y | q) / π_ref(y | q) + beta log Z(q) (2305.18290 eq. (5)),
+# so a policy *is* a reward model; train it as one on pairs, chosen y_w against rejected y_l (eq. (7)):
 #
 #     L_DPO = -E[ log σ( beta log π(y_w)/π_ref(y_w) - beta log π(y_l)/π_ref(y_l) ) ]
 #
@@ -176,11 +185,13 @@ def dpo_loss(
     label_smoothing: float = 0.0,
     denominator: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Four (N,) of log-probs summed over completions, nats -> (scalar loss, chosen_rewards (N,), rejected_rewards (N,)).
+    """Four (N,) of log-probs summed over completions, nats -> (scalar loss, chosen_rewards (N,),
+    rejected_rewards (N,)).
 
-    The rewards are the implicit ones, beta * log(pi / pi_ref), detached; only their difference is trained. label_smoothing in [0, 0.5] is
-    the probability that a pair is labelled the wrong way round; the best reward margin is then finite, log((1 - eps) / eps).
-    Sums, not means: eq. (5) speaks of the whole answer's probability. ValueError for other shapes and settings.
+    The rewards are the implicit ones, beta * log(pi / pi_ref), detached; only their difference is trained.
+    label_smoothing in [0, 0.5] is the probability that a pair is labelled the wrong way round; the best
+    reward margin is then finite, log((1 - eps) / eps). Sums, not means: eq. (5) speaks of the whole answer's
+    probability. ValueError for other shapes and settings.
     """
     given = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     shapes = [tuple(x.shape) for x in given]
@@ -191,7 +202,8 @@ def dpo_loss(
     chosen_rewards = beta * (widen(chosen_logps) - widen(ref_chosen_logps).detach())  # eq. (5) without log Z
     rejected_rewards = beta * (widen(rejected_logps) - widen(ref_rejected_logps).detach())
     h, eps = chosen_rewards - rejected_rewards, label_smoothing
-    # eq. (7); with probability eps the pair is the other way round. logsigmoid, because log(sigmoid(h)) is -inf at -100.
+    # eq. (7); with probability eps the pair is the other way round. logsigmoid, because log(sigmoid(h)) is
+    # -inf at -100.
     losses = -(1 - eps) * F.logsigmoid(h) - eps * F.logsigmoid(-h)
     n = torch.as_tensor(len(losses) if denominator is None else denominator)
     return losses.sum() / n.clamp(min=1), chosen_rewards.detach(), rejected_rewards.detach()
@@ -204,7 +216,8 @@ def dpo_update(trainer: Trainer, records: list) -> dict:
         "DPO trains a difference: log-probs of chosen answers may fall (logp/chosen) while those of rejected ones fall "
         "faster. That is normal."
     )
-    # A pair is a prompt with a group of two, so its prompt is computed once. Temperature 1: nothing was sampled.
+    # A pair is a prompt with a group of two, so its prompt is computed once. Temperature 1: nothing was
+    # sampled.
     prompts, pairs = [r["prompt_ids"] for r in records], []
     for r in records:
         pairs.append([r["expert_ids"], r["rejected_ids"]])
@@ -228,10 +241,11 @@ def dpo_update(trainer: Trainer, records: list) -> dict:
 
 @torch.no_grad()
 def pair_reference(trainer: Trainer, records: list, part: Part) -> Tensor:
-    """log pi_ref of a part's chosen and rejected answers, (b, 2), nats: the reference never changes, so once for each record.
+    """log pi_ref of a part's chosen and rejected answers, (b, 2), nats: the reference never changes, so once
+    for each record.
 
-    Kept for later passes over the data, and in the checkpoint: scored again in another micro-batch they would round otherwise, and a
-    resumed run would not be the run that was never stopped.
+    Kept for later passes over the data, and in the checkpoint: scored again in another micro-batch they would
+    round otherwise, and a resumed run would not be the run that was never stopped.
     """
     never = torch.full((len(trainer.records), 2), math.nan, device=trainer.policy.device)
     kept = trainer.kept.setdefault("reference_logps", never)
@@ -251,19 +265,13 @@ DPO = Method(
     {
         "logp/chosen": (
             "nats",
-            "mean summed log-prob of chosen answers; that it falls is normal while logp/rejected falls faster",
+            "mean summed log-prob of chosen answers; may fall while rejected falls faster",
         ),
         "logp/rejected": ("nats", "likewise of rejected answers; falls"),
-        "dpo/chosen": (
-            "-",
-            "implicit reward beta * log(pi / pi_ref) of chosen answers; 0 at the first step, then often negative, which is normal",
-        ),
+        "dpo/chosen": ("-", "beta * log(pi / pi_ref) of chosen answers; 0 at first, then often negative"),
         "dpo/rejected": ("-", "likewise of rejected answers; falls"),
         "dpo/margin": ("-", "chosen minus rejected; 0 at the first step, then rises"),
-        "dpo/accuracy": (
-            "share",
-            "pairs with a positive margin, ties as a half; 0.5 at the first step, then rises",
-        ),
+        "dpo/accuracy": ("share", "pairs with a positive margin, ties as a half; 0.5 at first, then rises"),
     },
     [
         ("Implicit rewards", "-", ["dpo/chosen", "dpo/rejected", "dpo/margin"]),
@@ -286,8 +294,9 @@ def log_ratio(sums: Sums, about: dict):
     sums.max("ratio/max", about["ratio_max"])
 
 
-# ---------------------------------------------------------------------------------------------------------- GRPO
-# PPO without a value function: what a sample is worth is measured against the other samples of its prompt. 2402.03300 eq. (3), sec. 4.1.2:
+# ----------------------------------------------------------------------------------------------------------
+# GRPO PPO without a value function: what a sample is worth is measured against the other samples of its
+# prompt. 2402.03300 eq. (3), sec. 4.1.2:
 #
 #     J_GRPO = 1/G Σᵢ 1/|oᵢ| Σₜ [ min( ratio Aᵢ, clip(ratio, 1 - ε, 1 + ε) Aᵢ ) - β KL(π || π_ref) ]      Aᵢ = (rᵢ - mean r) / std r
 #
@@ -296,7 +305,9 @@ def log_ratio(sums: Sums, about: dict):
 
 @torch.no_grad()
 def grpo_advantages(rewards: Tensor, scale: str = "std", eps: float = 1e-6, ddof: int = 0) -> Tensor:
-    """Rewards (B, G) -> advantages (B, G), each prompt by itself. scale="none" is Dr. GRPO's; ddof=1, eps=1e-4 are TRL's."""
+    """Rewards (B, G) -> advantages (B, G), each prompt by itself. scale="none" is Dr. GRPO's; ddof=1,
+    eps=1e-4 are TRL's.
+    """
     want(scale in ("std", "none"), f"scale must be one of std, none, got {scale!r}")
     shape = f"rewards must be (B, G) with B, G >= 1, got {tuple(rewards.shape)}"
     want(rewards.dim() == 2 and rewards.numel(), shape)
@@ -325,11 +336,13 @@ def grpo_loss(
     max_length: int | None = None,
     denominator: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """GRPO's objective, negated. logps, old_logps, ref_logps, mask (..., T), advantages (...,) -> (scalar loss, parts).
+    """GRPO's objective, negated. logps, old_logps, ref_logps, mask (..., T), advantages (...,) -> (scalar
+    loss, parts).
 
-    The ratio is clipped to [1 - clip_low, 1 + clip_high]. old_logps None: on-policy. ref_logps may be None if kl_coef is 0; where given,
-    parts["kl"] reports the KL in any case. For kl see kl_estimate, for aggregate normaliser. On-policy the loss is 0 with "sequence", as
-    advantages sum to 0 by group, and near 0 otherwise, as rows count by length; the gradient is not 0.
+    The ratio is clipped to [1 - clip_low, 1 + clip_high]. old_logps None: on-policy. ref_logps may be None if
+    kl_coef is 0; where given, parts["kl"] reports the KL in any case. For kl see kl_estimate, for aggregate
+    normaliser. On-policy the loss is 0 with "sequence", as advantages sum to 0 by group, and near 0
+    otherwise, as rows count by length; the gradient is not 0.
     """
     clips = f"clip_low must not be negative, nor clip_high; got {clip_low} and {clip_high}"
     want(clip_low >= 0 and clip_high >= 0, clips)
@@ -367,8 +380,8 @@ def grpo_update(trainer: Trainer, records: list) -> dict:
     for _ in range(c.updates_per_rollout):
         for part in trainer.scored(batch, sums):  # logps, ref_logps, mask (b, G, T)
             if part.old_logps is None:
-                # pi_old is this policy before its first update, not the sampler with its other precision: the first
-                # ratio is then exactly 1, and the clip measures what the updates do and nothing else.
+                # pi_old is this policy before its first update, not the sampler with its other precision: the
+                # first ratio is then exactly 1, and the clip measures what the updates do and nothing else.
                 part.old_logps = part.logps.detach()
             advantages = A[part.groups]
             loss, about = grpo_loss(
@@ -406,22 +419,26 @@ CLIPPED = [
 ]
 GRPO = Method("grpo", GRPOConfig, grpo_update, {}, CLIPPED)
 
-# ----------------------------------------------------------------------------------------------------------- PPO
-# A value function V says what to expect at each token, and a token's advantage is what came beyond it (1506.02438 eq. (16)):
+# -----------------------------------------------------------------------------------------------------------
+# PPO A value function V says what to expect at each token, and a token's advantage is what came beyond it
+# (1506.02438 eq. (16)):
 #
 #     δₜ = rₜ + γ V(sₜ₊₁) - V(sₜ)        Aₜ = Σₗ (γλ)ˡ δₜ₊ₗ
 #
-# lambda = 1 trusts what was sampled (unbiased, noisy), lambda = 0 trusts V (biased, calm). In texts the reward comes once, at the end, and
-# the KL to the reference is taken from the reward token by token (InstructGPT's way, and the reason why k1 is right here).
+# lambda = 1 trusts what was sampled (unbiased, noisy), lambda = 0 trusts V (biased, calm). In texts the
+# reward comes once, at the end, and the KL to the reference is taken from the reward token by token
+# (InstructGPT's way, and the reason why k1 is right here).
 
 
 @torch.no_grad()
 def token_rewards(
     scores: Tensor, logps: Tensor, ref_logps: Tensor | None, mask: Tensor, kl_coef: float
 ) -> Tensor:
-    """scores (...,), log-probs of the samples (..., T) -> rewards (..., T): a KL penalty per token, the score on the EOS.
+    """scores (...,), log-probs of the samples (..., T) -> rewards (..., T): a KL penalty per token, the score
+    on the EOS.
 
-    The EOS is the last valid token of a row, also of one cut at the length limit. ref_logps: None if kl_coef is 0.
+    The EOS is the last valid token of a row, also of one cut at the length limit. ref_logps: None if kl_coef
+    is 0.
     """
     usable = kl_coef == 0 or (kl_coef > 0 and ref_logps is not None)
     want(usable, f"kl_coef is {kl_coef}: negative, or ref_logps is None")
@@ -465,10 +482,11 @@ def ppo_policy_loss(
 def ppo_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float = 0.2, denominator=None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error, clipped around the values at sampling time. All (..., T) -> (scalar loss, parts).
+    """Half the squared error, clipped around the values at sampling time. All (..., T) -> (scalar loss,
+    parts).
 
-    The larger error counts: a value that has moved more than `clip` towards its return gets no gradient, one that moved away gets all of
-    it. clip=float("inf") is the paper's, 1707.06347 eq. (9), times 1/2.
+    The larger error counts: a value that has moved more than `clip` towards its return gets no gradient, one
+    that moved away gets all of it. clip=float("inf") is the paper's, 1707.06347 eq. (9), times 1/2.
     """
     want(clip >= 0, f"clip must not be negative, got {clip}")
     old_values, returns = old_values.detach(), returns.detach()
@@ -479,7 +497,9 @@ def ppo_value_loss(
 
 
 def ppo_setup(trainer: Trainer):
-    """The value function: one more LoRA adapter on the shared backbone, with a scalar head and a learning rate of its own."""
+    """The value function: one more LoRA adapter on the shared backbone, with a scalar head and a learning
+    rate of its own.
+    """
     c = trainer.config
     if c.minibatches > c.prompts_per_step:
         raise UserError(
@@ -493,18 +513,20 @@ def ppo_update(trainer: Trainer, records: list) -> dict:
     """One rollout of PPO on B prompts, then `ppo_epochs` passes of clipped updates over its mini-batches."""
     c, sums = trainer.config, Sums()
 
-    # 1. Explore. Mini-batches are lists of micro-batches: an update each, in as many backward passes as memory asks for.
+    # 1. Explore. Mini-batches are lists of micro-batches: an update each, in as many backward passes as
+    #    memory asks for.
     batch = trainer.rollout(records)
     minibatches = trainer.minibatches(batch, c.minibatches)
 
-    # 2. Freeze what the updates are held against, pi_old, the reference and V_old, in the updates' own micro-batches.
+    # 2. Freeze what the updates are held against, pi_old, the reference and V_old, in the updates' own
+    #    micro-batches.
     for part in trainer.scored(batch, sums, grad=False):
         with torch.no_grad():
             part.old_logps, part.old_values = part.logps, part.values()
     old, ref, V = batch.whole("old_logps"), batch.whole("ref_logps"), batch.whole("old_values")  # (B, G, T)
 
-    # 3. Credit: what each token was worth beyond V's expectation. Whitened over the rollout, not over a mini-batch, where
-    #    a share of hard prompts would look as good as a share of easy ones.
+    # 3. Credit: what each token was worth beyond V's expectation. Whitened over the rollout, not over a
+    #    mini-batch, where a share of hard prompts would look as good as a share of easy ones.
     mask = batch.whole("mask")
     A, R = gae(token_rewards(batch.rewards, old, ref, mask, c.kl_coef), V, mask, c.gamma, c.gae_lambda)
     whitened = whiten(A, mask)
@@ -530,7 +552,8 @@ def ppo_update(trainer: Trainer, records: list) -> dict:
 def value_backward(c, part: Part, returns: Tensor, n: Tensor) -> tuple[Tensor, dict]:
     """The value function's loss on a part, and its backward pass.
 
-    The role is held over both: with gradient checkpointing the backward pass computes the layers again, with whichever adapter is active.
+    The role is held over both: with gradient checkpointing the backward pass computes the layers again, with
+    whichever adapter is active.
     """
     with part.policy.role("value"):
         loss, about = ppo_value_loss(part.values(), part.old_values, returns, part.mask, c.value_clip, n)
@@ -545,10 +568,8 @@ PPO = Method(
     {
         "clip/value": ("share", "values that moved out of their clip range towards the return; under 0.2"),
         "value/loss": ("reward^2", "half the squared error of the value function; falls"),
-        "value/explained_variance": (
-            "share",
-            "of the returns, before the step's updates; rises from 0 towards 1; below 0 the values mislead",
-        ),
+        # Before the step's updates. Below 0 the values mislead.
+        "value/explained_variance": ("share", "share of the returns' variance; rises from 0 towards 1"),
     },
     [
         ("Explained variance", "share", ["value/explained_variance"]),

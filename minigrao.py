@@ -6,14 +6,18 @@
 Read `grao_loss` beside eq. (3), `group_advantages` beside eq. (4), then `update`, one optimisation step.
 
 Deviations from the paper, and choices where it leaves one:
-- The group of eq. (4). The formula averages over the G samples; the text puts y into the group. `--group with_reference` (default)
-  takes mean and deviation over the G + 1 members, `samples` over the G samples. When all samples tie, "samples" has no scale, so all
-  advantages of that prompt are 0 and nothing is learnt from it, reference included; "with_reference" still imitates a better y.
-- sigma_r is the population standard deviation, with eps = 1e-6 beside it; a group whose rewards all tie has advantages of exactly 0.
-- R(o, y) here is an absolute reward of o (a verifier, a reward model), and R(y, y) that of y. With `--reward pairwise:DIR` or `judge:MODEL`
-  it is the paper's comparison with y, in {+1, 0, -1}, and R(y, y) = 0.
-- The policy is a LoRA adapter on a frozen, possibly 4-bit backbone, so learning rates are 10 to 1000 times the paper's 1e-6.
-- Samples are drawn at temperature 1, not 0.7, and batches are small; --temperature and --prompts-per-step set both.
+- The group of eq. (4). The formula averages over the G samples; the text puts y into the group. `--group
+  with_reference` (default) takes mean and deviation over the G + 1 members, `samples` over the G samples.
+  When all samples tie, "samples" has no scale, so all advantages of that prompt are 0 and nothing is learnt
+  from it, reference included; "with_reference" still imitates a better y.
+- sigma_r is the population standard deviation, with eps = 1e-6 beside it; a group whose rewards all tie has
+  advantages of exactly 0.
+- R(o, y) here is an absolute reward of o (a verifier, a reward model), and R(y, y) that of y. With `--reward
+  pairwise:DIR` or `judge:MODEL` it is the paper's comparison with y, in {+1, 0, -1}, and R(y, y) = 0.
+- The policy is a LoRA adapter on a frozen, possibly 4-bit backbone, so learning rates are 10 to 1000 times
+  the paper's 1e-6.
+- Samples are drawn at temperature 1, not 0.7, and batches are small; --temperature and --prompts-per-step set
+  both.
 """
 
 import sys
@@ -51,7 +55,8 @@ from train import Sums, Trainer, main
 def group_advantages(
     rewards: Tensor, reference_rewards: Tensor, group: str = "with_reference", eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """Eq. (4) of 2508.07750v1: A_i = (R(o_i, y) - mu_r) / sigma_r, for the samples o_1..o_G and for the expert answer y.
+    """Eq. (4) of 2508.07750v1: A_i = (R(o_i, y) - mu_r) / sigma_r, for the samples o_1..o_G and for the
+    expert answer y.
 
     rewards            (B, G)  R(o_i, y), in the reward's own unit
     reference_rewards  (B,)    R(y, y), likewise
@@ -67,14 +72,15 @@ def group_advantages(
     R = torch.cat([rewards, reference_rewards[:, None]], 1)  # (B, G + 1), y last
     R = R if R.is_floating_point() else R.float()  # a verifier may pay whole numbers
 
-    # mu_r and sigma_r are each prompt's own. Over the batch, an easy prompt would make all of its answers look good.
+    # mu_r and sigma_r are each prompt's own. Over the batch, an easy prompt would make all of its answers
+    # look good.
     members = R if group == "with_reference" else R[:, :-1]
     mu = members.mean(1, keepdim=True)  # (B, 1)
     sigma = members.std(
         1, correction=0, keepdim=True
     )  # the population's: the paper prints 1/G under the root
-    # Tied rewards say nothing, so A = 0. Tested on the rewards: the mean of seven times 0.1 is not 0.1, and that
-    # rounding residue over an equally small sigma would be an advantage of order 1.
+    # Tied rewards say nothing, so A = 0. Tested on the rewards: the mean of seven times 0.1 is not 0.1, and
+    # that rounding residue over an equally small sigma would be an advantage of order 1.
     tied = members.amax(1, keepdim=True) == members.amin(1, keepdim=True)
     A = torch.where(tied, 0.0, (R - mu) / (sigma + eps))  # eq. (4), for all G + 1 by the same mu and sigma
     return A[:, :-1], A[:, -1]
@@ -98,11 +104,12 @@ def grao_loss(
     logp_reference  (B,)    J_imit(y), likewise of the expert answer
     adv_samples     (B, G)  A_o of eq. (4); adv_reference (B,) A_y; both taken without gradient
     beta, lam       β and λ; without: None, or the term to leave out (an ablation of Table 3)
-    -> (scalar loss, {"exploration", "imitation", "regularizer"}: each term's share of J, detached; they sum to -loss).
+    -> (scalar loss, {"exploration", "imitation", "regularizer"}: each term's share of J, detached; they sum
+    to -loss).
     ValueError for shapes that would broadcast into something else.
 
-    The regulariser adds no direction of its own. The A_o of a group sum to 0 with group="samples" and to -A_y with
-    "with_reference", so that J is exactly
+    The regulariser adds no direction of its own. The A_o of a group sum to 0 with group="samples" and to -A_y
+    with "with_reference", so that J is exactly
 
         (1 + λ) 1/G Σᵢ A_oᵢ J_expl(oᵢ) + β         A_y J_imit(y)      with "samples"
         (1 + λ) 1/G Σᵢ A_oᵢ J_expl(oᵢ) + (β + λ/G) A_y J_imit(y)      with "with_reference"
@@ -115,15 +122,16 @@ def grao_loss(
     ):
         raise ValueError("logp_samples and adv_samples (B, G), logp_reference and adv_reference (B,) wanted")
     J_expl, J_imit = logp_samples, logp_reference[:, None]  # (B, G), (B, 1): one y for all i
-    # Advantages are weights, not something to climb: with gradient, a learnt reward would be maximised through them.
+    # Advantages are weights, not something to climb: with gradient, a learnt reward would be maximised
+    # through them.
     A_o, A_y = adv_samples.detach(), adv_reference.detach()[:, None]
     terms = {
         "exploration": A_o * J_expl,  # eq. (3), first term
         "imitation": beta * A_y * J_imit,  # second term; the same for every i
         "regularizer": lam * A_o * (J_expl - J_imit),  # third term
     }
-    # No ratio pi / pi_old, no clip, no KL: eq. (3) has log-probabilities, and one update is made with each set of
-    # samples, where the gradient of log pi and that of the ratio are the same.
+    # No ratio pi / pi_old, no clip, no KL: eq. (3) has log-probabilities, and one update is made with each
+    # set of samples, where the gradient of log pi and that of the ratio are the same.
     J = {}
     for name, term in terms.items():
         J[name] = term.mean(1).mean() * (name != without)  # 1/G sum_i, then the mean over B
@@ -134,16 +142,17 @@ def update(trainer: Trainer, records: list) -> dict:
     """One optimisation step of GRAO on B records -> {metric: float}."""
     c, sums = trainer.config, Sums()
 
-    # 1. Explore: o_1..o_G ~ pi(. | q) for each prompt q, their rewards R(o_i, y), and R(y, y) of the expert's answer.
+    # 1. Explore: o_1..o_G ~ pi(. | q) for each prompt q, their rewards R(o_i, y), and R(y, y) of the expert's
+    #    answer.
     batch = trainer.rollout(records)
 
-    # 2. Compare: an answer is good if it is better than its group. While y beats the samples A_y > 0 and the step
-    #    imitates it; once the policy has overtaken y, A_y < 0 and the same term pushes away from y.
+    # 2. Compare: an answer is good if it is better than its group. While y beats the samples A_y > 0 and the
+    #    step imitates it; once the policy has overtaken y, A_y < 0 and the same term pushes away from y.
     A_o, A_y = group_advantages(batch.rewards, batch.expert_rewards, c.group)  # (B, G), (B,)
 
-    # 3. Learn, a micro-batch of whole prompt groups at a time. y is scored as one more completion of its prompt: the
-    #    prompt is computed once for all G + 1, and J_imit is taken at the same temperature as J_expl, as their
-    #    difference in the third term needs.
+    # 3. Learn, a micro-batch of whole prompt groups at a time. y is scored as one more completion of its
+    #    prompt: the prompt is computed once for all G + 1, and J_imit is taken at the same temperature as
+    #    J_expl, as their difference in the third term needs.
     for part in trainer.scored(batch, sums, with_expert=True):
         J = part.logps.sum(-1) / part.mask.sum(
             -1
@@ -151,8 +160,8 @@ def update(trainer: Trainer, records: list) -> dict:
         b, J_expl, J_imit = len(J), J[:, :-1], J[:, -1]
         A = A_o[part.groups], A_y[part.groups]
         loss, terms = grao_loss(J_expl, J_imit, *A, c.beta, c.lam, c.without)
-        # grao_loss averages over its own b prompts and the step over B. Without b / B, prompts in small micro-batches
-        # would weigh more, and the gradient would depend on how much memory there is.
+        # grao_loss averages over its own b prompts and the step over B. Without b / B, prompts in small
+        # micro-batches would weigh more, and the gradient would depend on how much memory there is.
         (loss * b / len(records)).backward()
         about = {"loss": loss, "logp/samples": J_expl.mean(), "logp/expert": J_imit.mean()}
         for name, value in (about | {f"objective/{name}": term for name, term in terms.items()}).items():

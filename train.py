@@ -1,15 +1,17 @@
-"""The loop that every method shares: data order, rollouts, optimiser step, evaluation, log, checkpoint, resume.
+"""The loop that every method shares: data order, rollouts, optimiser step, evaluation, log, checkpoint,
+resume.
 
-A method is a `settings.Method`; its `update(trainer, records) -> metrics` takes one optimisation step on B records with the trainer's
-help, and its file calls `main(METHOD)`. The help, in the order in which a step asks for it:
+A method is a `settings.Method`; its `update(trainer, records) -> metrics` takes one optimisation step on B
+records with the trainer's help, and its file calls `main(METHOD)`. The help, in the order in which a step
+asks for it:
 
     batch = trainer.rollout(records)                 # G samples of the policy for each prompt, and their rewards (B, G)
     for part in trainer.scored(batch, sums):         # a micro-batch: logps, ref_logps, mask (b, G, T)
         loss(part.logps, ..., A[part.groups]).backward()
     metrics = batch.metrics | sums.means() | trainer.optimizer_step()
 
-Everything random in a step (which prompts, which samples) follows from the seed and the step's number alone, so a run that was
-stopped and resumed is the run that was never stopped.
+Everything random in a step (which prompts, which samples) follows from the seed and the step's number alone,
+so a run that was stopped and resumed is the run that was never stopped.
 """
 
 import importlib.util
@@ -59,14 +61,18 @@ class Sums:
         self.count[name] += int(n)
 
     def share(self, name: str, value: Tensor):
-        """A micro-batch's share of an update's loss. Its denominator is the update's, so shares add up and are not averaged."""
+        """A micro-batch's share of an update's loss. Its denominator is the update's, so shares add up and
+        are not averaged.
+        """
         self.shares[name] += float(value.detach())
 
     def max(self, name: str, value: Tensor):
         self.largest[name] = max(self.largest.get(name, 0.0), float(value))
 
     def tokens(self, scored: Scored, ref_logps: Tensor, sampled: list):
-        """KL, entropy and mismatch of samples, by the policy and by the reference; sampled: log-probs as the sampler saw them."""
+        """KL, entropy and mismatch of samples, by the policy and by the reference; sampled: log-probs as the
+        sampler saw them.
+        """
         mask, d = scored.mask, (scored.logps - ref_logps).detach()
         self.add("kl/k1", d, mask)
         self.add("kl/k3", torch.expm1(-d) + d, mask)
@@ -77,7 +83,9 @@ class Sums:
         self.max("mismatch/max", gap.max())
 
     def means(self, updates: int = 1) -> dict:
-        """{metric: float}. updates: how many optimiser updates the losses' shares came from; a loss is their mean."""
+        """{metric: float}. updates: how many optimiser updates the losses' shares came from; a loss is their
+        mean.
+        """
         means = {name: total / max(self.count[name], 1) for name, total in self.total.items()}
         losses = {name: total / updates for name, total in self.shares.items()}
         return means | losses | self.largest
@@ -87,8 +95,9 @@ class Sums:
 class Part:
     """A micro-batch: b of a step's B prompt groups, as many as one backward pass takes.
 
-    `groups` is the slice of B that they are, so A[part.groups] are their advantages. Trainer.scored fills in the tensors, (b, G, T) with
-    T the part's longest completion, 0 where mask is False; what else a method works out for these groups it may keep here as well.
+    `groups` is the slice of B that they are, so A[part.groups] are their advantages. Trainer.scored fills in
+    the tensors, (b, G, T) with T the part's longest completion, 0 where mask is False; what else a method
+    works out for these groups it may keep here as well.
     """
 
     policy: Policy
@@ -130,7 +139,9 @@ class Batch:
     parts: list = field(default_factory=list)  # its micro-batches: Trainer.parts, or Trainer.minibatches
 
     def whole(self, name: str) -> Tensor:
-        """A tensor that the parts keep, put together: (B, G, T) with T the step's longest sample, 0 beyond a part's own."""
+        """A tensor that the parts keep, put together: (B, G, T) with T the step's longest sample, 0 beyond a
+        part's own.
+        """
         tensors = [getattr(part, name) for part in self.parts]
         T = max(x.shape[-1] for x in tensors)
         return torch.cat([torch.nn.functional.pad(x, (0, T - x.shape[-1])) for x in tensors])
@@ -171,17 +182,21 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.param_groups, weight_decay=config.weight_decay)
 
     def train_parameters(self, params: dict, lr: float):
-        """Train these parameters (by name) at this learning rate, their gradient clipped apart from others'. For Method.setup."""
+        """Train these parameters (by name) at this learning rate, their gradient clipped apart from others'.
+        For Method.setup.
+        """
         self.params |= params
         self.param_groups.append({"params": list(params.values()), "base_lr": lr})
 
-    # -- data ---------------------------------------------------------------------------------------------------------------------
+    # -- data
+    # ---------------------------------------------------------------------------------------------------------------------
 
     def load_data(self, wanted):
-        """self.records, self.held_out. UserError where they lack a column that the reward or the method reads.
+        """self.records, self.held_out. UserError where they lack a column that the reward or the method
+        reads.
 
-        A run shorter than one pass over the data reads, encodes and checks only the records it will use; where long ones are left
-        out, others take their place, so then all are read.
+        A run shorter than one pass over the data reads, encodes and checks only the records it will use;
+        where long ones are left out, others take their place, so then all are read.
         """
         c, method = self.config, self.method
         level = "tiny" if c.model == "tiny" else "chat"
@@ -201,7 +216,9 @@ class Trainer:
                 )
 
     def encode_all(self, wanted):
-        """Token ids of all prompts and expert answers that this run can meet, checked against the context before anything is trained."""
+        """Token ids of all prompts and expert answers that this run can meet, checked against the context
+        before anything is trained.
+        """
         c, dropped, kept = self.config, 0, {}
         for part, most in wanted.items():
             kept[part] = []
@@ -226,7 +243,9 @@ class Trainer:
         self.check_unknown()
 
     def encode(self, record, with_rejected):
-        """A record with its token ids; None if it is longer than the flags allow. UserError if it passes the model's context."""
+        """A record with its token ids; None if it is longer than the flags allow. UserError if it passes the
+        model's context.
+        """
         c, policy = self.config, self.policy
         ids = policy.encode_prompt(record["prompt"])
         answers = {"expert_ids": policy.encode_answer(record["chosen"])}
@@ -269,7 +288,8 @@ class Trainer:
         B = self.config.prompts_per_step
         return [self.records[i] for i in self.order((self.step + 1) * B)[-B:]]
 
-    # -- what updates call --------------------------------------------------------------------------------------------------------
+    # -- what updates call
+    # --------------------------------------------------------------------------------------------------------
 
     def rewards(self, records, completions, truncated):
         """Rewards of one text for each record -> list[float]."""
@@ -336,10 +356,11 @@ class Trainer:
     def parts(
         self, prompts: list, completions: list, temperature: float | None = None, first: int = 0
     ) -> list:
-        """Cut groups into Parts: consecutive ones, of at most micro_batch_tokens tokens together but at least one whole group.
+        """Cut groups into Parts: consecutive ones, of at most micro_batch_tokens tokens together but at least
+        one whole group.
 
-        prompts: B lists of ids, completions: B lists of G lists of ids; temperature: [--temperature]; first: where in the step's
-        groups these ones begin.
+        prompts: B lists of ids, completions: B lists of G lists of ids; temperature: [--temperature]; first:
+        where in the step's groups these ones begin.
         """
         temperature = self.config.temperature if temperature is None else temperature
         sizes = [len(q) + sum(map(len, group)) for q, group in zip(prompts, completions)]
@@ -358,9 +379,10 @@ class Trainer:
     def scored(self, batch: Batch, sums: Sums, with_expert=False, grad=True) -> Iterator[Part]:
         """The step's samples a micro-batch at a time: Parts with logps, ref_logps and mask (b, G, T).
 
-        with_expert: y is scored as one more completion of its prompt, the last one, so (b, G + 1, T): a prompt is then computed once
-        for all G + 1. grad=False: of numbers to keep and not to train on. Asked again for the same batch, as for another update on
-        the same samples, the policy is scored anew and the reference, which has not changed, is not.
+        with_expert: y is scored as one more completion of its prompt, the last one, so (b, G + 1, T): a
+        prompt is then computed once for all G + 1. grad=False: of numbers to keep and not to train on. Asked
+        again for the same batch, as for another update on the same samples, the policy is scored anew and the
+        reference, which has not changed, is not.
         """
         parts, G = batch.parts, self.config.group_size
         if with_expert:
@@ -393,12 +415,13 @@ class Trainer:
     def minibatches(self, batch: Batch, count: int) -> list:
         """The step's prompts in `count` shares -> lists of Parts; together they become batch.parts.
 
-        The prompts are in random order already, so a share is consecutive. A share's parts are the same in every pass: scored in another
-        cut a token's log-prob would round otherwise in bf16, and the ratio before the first update would not be exactly 1.
+        The prompts are in random order already, so a share is consecutive. A share's parts are the same in
+        every pass: scored in another cut a token's log-prob would round otherwise in bf16, and the ratio
+        before the first update would not be exactly 1.
         """
-        minibatches = []
-        for share in torch.arange(len(batch.prompts)).chunk(count):
-            begin, end = int(share[0]), int(share[-1]) + 1
+        B, end, minibatches = len(batch.prompts), 0, []
+        for i in range(count):
+            begin, end = end, end + B // count + (i < B % count)  # as equal as possible, larger ones first
             parts = self.parts(batch.prompts[begin:end], batch.completions[begin:end], first=begin)
             minibatches.append(parts)
         batch.parts = [part for parts in minibatches for part in parts]
@@ -432,10 +455,13 @@ class Trainer:
         if self.step == 0:
             tqdm.write(text)
 
-    # -- evaluation ---------------------------------------------------------------------------------------------------------------
+    # -- evaluation
+    # ---------------------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> list:
-        """One sample for each held-out prompt, the same draws every time -> list of dicts as in samples.jsonl."""
+        """One sample for each held-out prompt, the same draws every time -> list of dicts as in
+        samples.jsonl.
+        """
         rollout, texts, rewards = self.sample(self.held_out, 1, seed=2**31 + self.config.seed)
         expert_rewards = self.expert_rewards(self.held_out).tolist()
         kl, logp_expert = self.held_out_logps(rollout.completions)
@@ -461,7 +487,9 @@ class Trainer:
 
     @torch.no_grad()
     def held_out_logps(self, completions):
-        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi || ref); and J_imit of its expert answer."""
+        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi ||
+        ref); and J_imit of its expert answer.
+        """
         prompts = [r["prompt_ids"] for r in self.held_out]
         members = [[ids[0], r["expert_ids"]] for ids, r in zip(completions, self.held_out)]
         kl, logp_expert = [], []
@@ -471,7 +499,8 @@ class Trainer:
             logp_expert += scored.sequence_mean()[:, 1].tolist()
         return kl, logp_expert
 
-    # -- state --------------------------------------------------------------------------------------------------------------------
+    # -- state
+    # --------------------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
         """Everything the next step depends on, as tensors, for one safetensors file."""
@@ -502,7 +531,9 @@ class Trainer:
 
 
 def schedule(kind, step, warmup, steps):
-    """Factor on the learning rate at a step (from 0): linear warm-up, then constant, or linear or cosine to 0 after the last step."""
+    """Factor on the learning rate at a step (from 0): linear warm-up, then constant, or linear or cosine to 0
+    after the last step.
+    """
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -510,7 +541,9 @@ def schedule(kind, step, warmup, steps):
 
 
 def load_reward(name):
-    """verifier, or a function of the user's own Python file; None for a model, which is loaded once the policy is there."""
+    """verifier, or a function of the user's own Python file; None for a model, which is loaded once the
+    policy is there.
+    """
     if name == "verifier":
         return verifier
     path, _, function = name.rpartition(":")
@@ -558,7 +591,9 @@ class Stop:
 
 
 def run(method, given, reward_fn=None):
-    """Train. given: {setting: value} as from the command line. Returns the run folder's path, or None if it was stopped."""
+    """Train. given: {setting: value} as from the command line. Returns the run folder's path, or None if it
+    was stopped.
+    """
     folder = RunFolder.choose(given, method)
     resume = given.get("resume", False)
     config = method.config(**(folder.settings(method) | {"resume": True} if resume else given))

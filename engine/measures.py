@@ -169,6 +169,20 @@ def against_experts(rewards, experts):
     ]
 
 
+def distinct(groups, n, ends):
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's samples, mean over prompts.
+
+    groups: B lists of G lists of ids; ends: the EOS ids, which are left out. {} where no sample has n tokens.
+    """
+    shares = []
+    for group in groups:
+        texts = [[t for t in ids if t not in ends] for ids in group]
+        grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return {f"distinct/{n}": sum(shares) / len(shares)} if shares else {}
+
+
 def summary(samples):
     """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval of its wins, length."""
     rewards, experts = (np.array([s[k] for s in samples], dtype=float) for k in ("reward", "expert_reward"))

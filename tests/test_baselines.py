@@ -342,6 +342,18 @@ def test_ppo_ratio_is_exactly_one_before_an_update(tokens):
     )
 
 
+@pytest.mark.parametrize("prompts, count, sizes", ((4, 3, [2, 1, 1]), (5, 3, [2, 2, 1]), (6, 2, [3, 3])))
+def test_ppo_makes_as_many_mini_batches_as_asked(prompts, count, sizes):
+    """3 of 4 prompts silently became 2 (torch.chunk rounds the size up): fewer updates than the flag says."""
+    t = trainer(PPO, "--prompts-per-step", prompts, "--minibatches", count, reward_fn=letters)
+    batch = t.rollout(t.next_records())
+    minibatches = t.minibatches(batch, count)
+    assert [sum(len(part.prompts) for part in parts) for parts in minibatches] == sizes
+    groups = [range(prompts)[part.groups] for parts in minibatches for part in parts]
+    assert [i for group in groups for i in group] == list(range(prompts))
+    assert one_step(t)["updates"] == t.config.ppo_epochs * count
+
+
 def test_ppo_gradient_with_checkpointing():
     """The backward pass computes layers again, with whichever adapter is active then: the value's must be."""
     runs = []

@@ -10,7 +10,7 @@ from conftest import randomise_all
 from test_uniapl import FEW, SMALL, trainer
 
 import discriminator
-from data import UserError, chat_tasks, load_records, teach, tiny_tasks
+from data import UserError, chat_tasks, load_records, tiny_tasks
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from discriminator import DiscriminatorConfig, another_expert, condition, expert_pairs, measure, scores
@@ -229,6 +229,7 @@ def test_a_reward_model_is_no_discriminator(tiny, tmp_path, capsys):
 def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
     out = tmp_path / "teacher.jsonl"
     flags = [
+        "teach",
         "--model",
         "tiny",
         "--quantize",
@@ -242,7 +243,7 @@ def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
         "--out",
         str(out),
     ]
-    assert teach.main(flags) == 0
+    assert command_line(flags) == 0
     said, records = capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()]
     from reward import verifier
 
@@ -259,7 +260,7 @@ def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
         and 5 < len(records) < 40
     )
     assert load_records(str(out), "train")  # it is data for the methods
-    assert teach.main(flags) == 2 and "exists already" in capsys.readouterr().err
+    assert command_line(flags) == 2 and "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,8 +279,9 @@ def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
     )
     flags = [str(tmp_path / "plain.jsonl") if f == "PLAIN" else f for f in flags]
     assert (
-        teach.main(
+        command_line(
             [
+                "teach",
                 "--model",
                 "tiny",
                 "--prompts",
