@@ -231,9 +231,9 @@ class ModelReward:
 
     def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
         texts = [last_text(c, "assistant") for c in completions]
-        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
+        experts = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
         keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
-        for key, text, y in zip(keys, texts, references, strict=True):
+        for key, text, y in zip(keys, texts, experts, strict=True):
             if not self.pairwise or text != y:
                 groups.setdefault(key, {}).update({text: None, y: None})
         prompt_of = dict(zip(keys, prompts))
@@ -246,15 +246,15 @@ class ModelReward:
         if not self.pairwise:
             scores = [groups[key][text] for key, text in zip(keys, texts)]
             return (np.array(scores) - self.penalty * cut).tolist()
-        return self.signs(groups, keys, texts, references, cut)
+        return self.signs(groups, keys, texts, experts, cut)
 
-    def signs(self, groups, keys, texts, references, cut):
+    def signs(self, groups, keys, texts, experts, cut):
         """The sign of each difference, 0 for a tie; a text against itself is one, and where it was cut, a loss."""
         rewards = np.where(self.penalty * cut > self.tie_band, -1.0, 0.0)
-        differ = [i for i, (text, y) in enumerate(zip(texts, references)) if text != y]
+        differ = [i for i, (text, y) in enumerate(zip(texts, experts)) if text != y]
         if differ:
             scores = np.array([groups[keys[i]][texts[i]] for i in differ]) - self.penalty * cut[differ]
-            expert = np.array([groups[keys[i]][references[i]] for i in differ])
+            expert = np.array([groups[keys[i]][experts[i]] for i in differ])
             beyond = np.abs(scores - expert) > self.tie_band
             rewards[differ] = compare(scores, expert) * beyond
         return rewards.tolist()
@@ -433,14 +433,14 @@ def print_samples(config, name, reward_fn, before, after):
 
 def rescored(reward_fn, samples):
     """The samples with the rewards that `reward_fn` gives to them and to their expert answers. The recorded floor is of another reward."""
-    prompts, experts = [s["prompt"] for s in samples], [s["reference"] for s in samples]
+    prompts, experts = [s["prompt"] for s in samples], [s["expert"] for s in samples]
     cut = [s["truncated"] for s in samples]
     rewards = reward_fn(prompts, [s["completion"] for s in samples], chosen=experts, truncated=cut)
     expert_rewards = reward_fn(prompts, experts, chosen=experts)
     found = []
     for sample, reward, expert in zip(samples, rewards, expert_rewards, strict=True):
         kept = {name: value for name, value in sample.items() if name != "floor_reward"}
-        found.append(kept | {"reward": reward, "reference_reward": expert})
+        found.append(kept | {"reward": reward, "expert_reward": expert})
     return found
 
 
@@ -471,11 +471,7 @@ def judge_command(config):
     if config.samples:
         before, after = read_samples(config)
         cases = [
-            [
-                (s["prompt"], s["completion"], s["reference"])
-                for s in part
-                if s["completion"] != s["reference"]
-            ]
+            [(s["prompt"], s["completion"], s["expert"]) for s in part if s["completion"] != s["expert"]]
             for part in (before, after)
         ]
         print_position([case for part in cases for case in part], judge)

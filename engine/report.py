@@ -65,7 +65,7 @@ def movement(before, after):
 
 def opening(before, after):
     """The run in one sentence: from, to, against the expert answers and the floor, with what certainty."""
-    new, expert = column(after, "reward"), column(after, "reference_reward")
+    new, expert = column(after, "reward"), column(after, "expert_reward")
     text = f"{movement(before, after)}: {standing(new - expert)} the expert answers' {expert.mean():.3f}"
     if "floor_reward" in after[0]:
         floor = column(after, "floor_reward")
@@ -119,7 +119,7 @@ def most_given(samples, key="completion"):
 
 def identical_answers(before, after):
     text, share = most_given(after)
-    expert = most_given(after, "reference")[1]
+    expert = most_given(after, "expert")[1]
     if share * len(after) > 1 and share > max(IDENTICAL, expert):
         return (
             f"{share:.0%} of the prompts get one and the same answer after training, {shown(text, 60)!r} "
@@ -149,7 +149,7 @@ def far_from_reference(after):
 
 def failing_experts(before, after):
     """Only where a reward is 1 or 0, passed or failed: another scale does not say what failing is."""
-    expert = column(after, "reference_reward")
+    expert = column(after, "expert_reward")
     everything = np.concatenate([expert, column(before, "reward"), column(after, "reward")])
     failed = (expert == 0).mean()
     if np.isin(everything, (0.0, 1.0)).all() and failed >= FAILING:
@@ -188,7 +188,7 @@ def table(before, after):
     row("mean reward [95 % interval]", lambda s: f"{s['reward']:.3f}{bracket(limits(s))}")
     row("  deviation", lambda s: f"{s['std']:.3f}")
     row("  quartiles", lambda s: f"{s['q25']:.3f} / {s['median']:.3f} / {s['q75']:.3f}")
-    row("reference answers' reward", lambda s: f"{s['reference']:.3f}")
+    row("expert answers' reward", lambda s: f"{s['expert']:.3f}")
     if "floor" in a:
         row("no-skill floor (constant answer)", lambda s: f"{s['floor']:.3f}")
     row("RAS win / tie / loss", lambda s: "{win:.3f} / {tie:.3f} / {loss:.3f}".format(**s["ras"]))
@@ -213,11 +213,11 @@ def constraint_table(before, after):
     types = sorted({c["type"] for s in after for c in s.get("constraints", [])})
     if not types:
         return ""
-    text = f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'reference':>14}{'n':>6}\n"
+    text = f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'expert':>14}{'n':>6}\n"
     for kind in types:
         old, n = constraint_share(before, "completion", kind)
         new, _ = constraint_share(after, "completion", kind)
-        expert, _ = constraint_share(after, "reference", kind)
+        expert, _ = constraint_share(after, "expert", kind)
         text += f"  {kind:<30}{old:>24.2f}{new:>24.2f}{expert:>14.2f}{n:>6}\n"
     return text
 
@@ -240,7 +240,7 @@ def examples(before, after, count=4):
     for old, new in list(zip(before, after))[:count]:
         prompt = new["prompt"] if isinstance(new["prompt"], str) else new["prompt"][-1]["content"]
         text += f"\nprompt     {shown(prompt)}\n"
-        text += f"reference  {shown(new['reference'])}  ({new['reference_reward']:.3g})\n"
+        text += f"expert     {shown(new['expert'])}  ({new['expert_reward']:.3g})\n"
         text += f"before     {shown(old['completion'])}  ({old['reward']:.3g})\n"
         text += f"after      {shown(new['completion'])}  ({new['reward']:.3g})\n"
         if "floor_reward" in new:
@@ -262,7 +262,7 @@ def by_reward(before, after):
         won = f"{s['ras']['win']:.3f}{bracket(s['ras_interval'])}"
         lines.append(
             f"{word:<8}reward {s['reward']:.3f} (deviation {s['std']:.3f}, "
-            f"quartiles {s['q25']:.3f} {s['median']:.3f} {s['q75']:.3f}), reference {s['reference']:.3f}; "
+            f"quartiles {s['q25']:.3f} {s['median']:.3f} {s['q75']:.3f}), expert {s['expert']:.3f}; "
             f"RAS {won} / {s['ras']['tie']:.3f} / {s['ras']['loss']:.3f}"
         )
     signs = against_before(before, after)

@@ -81,7 +81,7 @@ def test_a_pairwise_reward_calls_the_same_differences_ties():
     assert reward(prompts, chosen, chosen=chosen) == [0] * len(answers)
 
 
-ANSWER = {"prompt": "p", "reference": "r", "tokens": 2, "truncated": False, "reference_reward": 1.0}
+ANSWER = {"prompt": "p", "expert": "r", "tokens": 2, "truncated": False, "expert_reward": 1.0}
 
 
 def test_a_run_that_answers_with_the_expert_texts_ties_with_them():
@@ -90,8 +90,8 @@ def test_a_run_that_answers_with_the_expert_texts_ties_with_them():
     rng = np.random.default_rng(0)
     samples = []
     for i in range(40):
-        rewards = {"reward": 1.0 + 0.1 * rng.normal(), "reference_reward": 1.0 + 0.1 * rng.normal()}
-        samples.append(ANSWER | {"completion": f"text {i}", "reference": f"text {i}"} | rewards)
+        rewards = {"reward": 1.0 + 0.1 * rng.normal(), "expert_reward": 1.0 + 0.1 * rng.normal()}
+        samples.append(ANSWER | {"completion": f"text {i}", "expert": f"text {i}"} | rewards)
     assert summary(samples)["ras"] == {"win": 0.0, "tie": 1.0, "loss": 0.0}
     assert summary(samples)["ras_interval"] == (0.0, 0.0)
     # the same words, cut at the limit, are another answer: it did not end, and lost its reward for it
@@ -116,8 +116,8 @@ def samples(rewards, expert=0.5, texts=None, floor=None, **columns):
     """Held-out answers, one per reward, whose texts differ unless they are given."""
     found = []
     for i, reward in enumerate(rewards):
-        sample = {"prompt": f"prompt {i}", "reference": f"expert {i}", "completion": f"answer {i} {reward}"}
-        sample |= {"reward": float(reward), "reference_reward": float(expert), "tokens": 4, "kl": 2.0}
+        sample = {"prompt": f"prompt {i}", "expert": f"expert {i}", "completion": f"answer {i} {reward}"}
+        sample |= {"reward": float(reward), "expert_reward": float(expert), "tokens": 4, "kl": 2.0}
         sample |= {"truncated": False, **columns}
         if texts is not None:
             sample["completion"] = texts[i]
@@ -207,7 +207,7 @@ def test_alarm_of_a_reward_that_never_varied_and_of_experts_that_fail():
     for passing, words in ((21, []), (20, ["50% of the expert answers earn nothing"])):
         for part in (before, after):
             for i, sample in enumerate(part):
-                sample["reference_reward"] = float(i < passing)
+                sample["expert_reward"] = float(i < passing)
         found = alarms(before, after)
         assert len(found) == len(words) and all(word in alarm for word, alarm in zip(words, found))
     for sample in after:

@@ -151,11 +151,11 @@ def test_a_length_shortcut_is_visible():
 def test_report_has_intervals_and_quartiles():
     one = {
         "prompt": "p",
-        "reference": "r",
+        "expert": "r",
         "completion": "c",
         "tokens": 2,
         "truncated": False,
-        "reference_reward": 1.0,
+        "expert_reward": 1.0,
     }
     before = [one | {"reward": 0.0}] * 32
     after = [one | {"reward": 2.0, "completion": "d"}] * 24 + [one | {"reward": -1.0, "completion": "e"}] * 8
