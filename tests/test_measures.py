@@ -185,7 +185,7 @@ def test_a_sound_run_has_no_alarm():
             ["28% of the prompts", "'yes'", "before: 2%", "expert answers: 2%"],
         ),
         # a task whose expert answers are one text, too: there it is no collapse
-        (samples(SOUND, texts=["yes"] * 40, reference="yes"), []),
+        (samples(SOUND, texts=["yes"] * 40, expert="yes"), []),
         (samples([0.5] * 40), ["every answer after training earns the same, 0.500"]),
         (samples(SOUND[:29]), ["29 held-out prompts are fewer than 30"]),
         (samples(SOUND, kl=8.0), []),  # 2 nats a token
