@@ -19,7 +19,7 @@ import json
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from engine.measures import accuracy, bootstrap_interval
 from engine.models import whole_directory
 from engine.record import environment, write_whole
 from engine.scoring import Pack
-from engine.settings import check_settings, same, setting
+from engine.settings import DiscriminatorConfig, check_settings
 from policy import Policy
 from reward_model import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 
@@ -82,7 +82,7 @@ def judge(trainer, name, batch):
     """D of a step's samples (B, G), without gradient, and what to log. A cotrained D also gathers its own gradient here."""
     c, policy, G = trainer.config, trainer.policy, trainer.config.group_size
     if name == "cotrained":
-        groups = [[*group, y] for group, y in zip(batch.completions, batch.references)]
+        groups = [[*group, y] for group, y in zip(batch.completions, batch.experts)]
         found, total = [None] * len(groups), 0.0
         for part in micro_batches(batch.prompts, groups, c.micro_batch_tokens):
             with policy.role(ROLE):
@@ -106,7 +106,7 @@ def judge(trainer, name, batch):
             for group, text in zip(batch.completions, others)
         ]
         found, metrics = (
-            scores(name, policy, batch.prompts, batch.references, groups, c.micro_batch_tokens),
+            scores(name, policy, batch.prompts, batch.experts, groups, c.micro_batch_tokens),
             {},
         )
     samples = torch.tensor([row[:G] for row in found], device=policy.device)
@@ -148,7 +148,7 @@ def expert_pairs(policy, records, config, seed, draws=1):
             without += 1
             continue
         pair = [policy.encode_answer(record["chosen"]), policy.encode_answer(second)]
-        rng.shuffle(pair)  # roles: which of the two is the reference
+        rng.shuffle(pair)  # roles: which of the two is y
         q = policy.encode_prompt(record["prompt"])
         if 2 * len(q) + len(pair[0]) + max(len(pair[1]), config.max_new_tokens) > policy.context:
             long += 1
@@ -214,13 +214,13 @@ def check_context(policy, records, c):
     """UserError if a record's prompt, expert answer, prompt and sample do not fit into the model's context together."""
     for r in records:
         second = another_expert(r, c)
-        length = len(condition(r["prompt_ids"], r["reference_ids"])) + max(
+        length = len(condition(r["prompt_ids"], r["expert_ids"])) + max(
             c.max_new_tokens, len(policy.encode_answer(second)) if second else 0
         )
         if length > policy.context:
             raise UserError(
                 f"data {c.data}: the polar discriminator reads {length} tokens for the prompt {str(r['prompt'])[:60]!r}, more than the model's context of "
-                f"{policy.context}: set --max-prompt-tokens and --max-reference-tokens, or choose --discriminator embedding"
+                f"{policy.context}: set --max-prompt-tokens and --max-expert-tokens, or choose --discriminator embedding"
             )
 
 
@@ -245,36 +245,6 @@ def load(policy, directory):
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # python uniapl.py discriminator
-
-
-@dataclass
-class DiscriminatorConfig:
-    presets = {"tiny": dict(lr=3e-3, pairs=1024, epochs=4), "chat": dict(lr=3e-4, pairs=256, epochs=1)}
-
-    model: str = same("model")
-    quantize: str = same("quantize")
-    data: str = setting(
-        "tasks",
-        "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it",
-    )
-    from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
-    pairs: int = setting(
-        None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6
-    )
-    test_pairs: int = setting(256, "held-out prompts to test on", low=2, high=10**5)
-    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
-    lr: float = setting(None, "learning rate of AdamW", above=0, high=1)
-    max_new_tokens: int = same("max_new_tokens")
-    temperature: float = same("temperature")
-    lora_rank: int = same("lora_rank")
-    lora_alpha: int = same("lora_alpha")
-    micro_batch_tokens: int = same("micro_batch_tokens")
-    gradient_checkpointing: str = same("gradient_checkpointing")
-    seed: int = same("seed")
-    device: str = same("device")
-    dtype: str = same("dtype")
-    out: str = setting(None, "directory to write")
-    overwrite: bool = setting(False, "replace an earlier discriminator in --out")
 
 
 def measure(policy, known, unseen, most):

@@ -12,7 +12,6 @@ adapters' roles apart, and turns text into tokens.
 Adapters are fp32 whatever the backbone; dropout is off everywhere, so the ratio of new to old probabilities is 1 before an update.
 """
 
-import argparse
 import contextlib
 import json
 import logging
@@ -22,6 +21,27 @@ import shutil
 import sys
 from functools import partial
 from pathlib import Path
+
+from data import UserError
+from engine.command_line import OneLineParser, answer, exit_status
+
+
+def merge_flags(argv=None):
+    """python policy.py merge ADAPTER --model MODEL --out DIR."""
+    parser = OneLineParser(description="Write a plain 16-bit model with a saved adapter merged in.")
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument("adapter", help="adapter directory, such as runs/NAME/adapter")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="the model it was trained on: tiny, a hub name, a directory or a .gguf file",
+    )
+    parser.add_argument("--out", required=True, help="directory to write; must not exist")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    answer(merge_flags)  # --help and mistyped flags: the imports below take seconds
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 logging.getLogger("bitsandbytes").setLevel(
@@ -35,7 +55,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError
 from engine.models import (
     find_model,
     first_line,
@@ -51,7 +70,7 @@ from engine.scoring import ChunkedLogProb, Pack, Scored, lora_forward
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-PASS_TOKENS = 4608  # completion tokens in one forward and backward pass: 8 samples of 512 and a reference answer; see Policy.in_passes
+PASS_TOKENS = 4608  # completion tokens in one forward and backward pass: 8 samples of 512 and an expert answer; see Policy.in_passes
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -522,27 +541,18 @@ def load_adapter(model, directory, name, base):
 
 def main(argv=None):
     """python policy.py merge ADAPTER --model MODEL --out DIR -> exit status."""
-    parser = argparse.ArgumentParser(description="Write a plain 16-bit model with a saved adapter merged in.")
-    parser.add_argument("command", choices=["merge"])
-    parser.add_argument("adapter", help="adapter directory, such as runs/NAME/adapter")
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="the model it was trained on: tiny, a hub name, a directory or a .gguf file",
-    )
-    parser.add_argument("--out", required=True, help="directory to write; must not exist")
-    args = parser.parse_args(argv)
-    try:
-        if Path(args.out).exists():
-            raise UserError(f"--out {args.out} exists already; choose another")
-        difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
-    except (UserError, OSError) as error:
-        print(f"error: {first_line(error)}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: merge_command(merge_flags(argv)), stopped="stopped; nothing was written")
+
+
+def merge_command(args):
+    if Path(args.out).exists():
+        raise UserError(f"--out {args.out} exists already; choose another")
+    difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
     print(
-        f"{args.out}: a 16-bit model; on a probe its log-probabilities differ from the adapter's by {difference:.4f} nats/token on average"
+        f"{args.out}: a 16-bit model; on a probe its log-probabilities differ from the adapter's by "
+        f"{difference:.4f} nats/token on average"
     )
-    return 0
+    return args.out
 
 
 if __name__ == "__main__":

@@ -25,154 +25,9 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from data import UserError
-from data.constraints import constraint_results, hack
-from data.loaders import load_records
-from data.messages import last_text
-from engine.command_line import exit_status, parse
-from engine.draw import draw_calibration
-from engine.measures import against_references, bootstrap_interval, measures, nag, ras, report_pairs
-from engine.models import find_model, whole_directory
-from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
-from engine.record import environment
+from engine.command_line import answer_early, choose_command, exit_status, parse
 from engine.settings import check_settings, same, setting
-from policy import Policy
-from reward_model import (
-    Judge,
-    RoleScorer,
-    bradley_terry_loss,
-    fit_scorer,
-    load_scorer,
-    tokenizer_print,
-    verdict,
-)
-
-__all__ = ["bradley_terry_loss", "checked_rewards", "nag", "ras", "verifier"]  # what other code calls
-
-# ------------------------------------------------------------------------------------------------------------- rewards
-
-
-def verifier(prompts, completions, constraints, truncated=None, min_words=None, about=None, **columns):
-    """1.0 for a completion that meets all its constraints, ended by itself, and is no hack; else 0.0 -> list[float].
-
-    constraints: one list per completion; truncated: one bool per completion, True where the length limit cut it;
-    min_words, about: see hack(), one per completion. UserError names an unknown constraint or a wrong field.
-    """
-    none = [None] * len(completions)
-    rewards = []
-    for prompt, completion, wanted, cut, fewest, topic in zip(
-        prompts, completions, constraints, truncated or none, min_words or none, about or none, strict=True
-    ):
-        prompt, text = last_text(prompt, "user"), last_text(completion, "assistant")
-        met = all(constraint_results(text, wanted)) and not cut
-        rewards.append(float(met and hack(prompt, text, fewest or 1, wanted, topic or ()) is None))
-    return rewards
-
-
-def checked_rewards(reward_fn, prompts, completions, columns):
-    """Call a user's reward function -> list[float]; whatever goes wrong in it becomes a one-line UserError."""
-    name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
-    try:
-        rewards = reward_fn(prompts=prompts, completions=completions, **columns)
-    except UserError:
-        raise
-    except Exception as error:  # the function is the user's: anything can come out of it
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"reward function {name}: raised {type(error).__name__}: {reason}") from error
-    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # an array or a tensor
-    if not isinstance(rewards, (list, tuple)):
-        raise UserError(
-            f"reward function {name}: returned {type(rewards).__name__}; return one number per completion"
-        )
-    if len(rewards) != len(completions):
-        raise UserError(
-            f"reward function {name}: returned {len(rewards)} rewards for {len(completions)} completions"
-        )
-    rewards = [value.tolist() if hasattr(value, "tolist") else value for value in rewards]
-    for i, value in enumerate(rewards):
-        if isinstance(value, (list, tuple)):
-            raise UserError(
-                f"reward function {name}: item {i} is a list; return one number, not one per token"
-            )
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"reward function {name}: item {i} is {value!r}; return a finite number")
-    return [float(value) for value in rewards]
-
-
-# -------------------------------------------------------------------------------------------------------- reward model
-
-
-# ---------------------------------------------------------------------------------------------- models that score texts
-
-
-class ModelReward:
-    """A scorer as a reward function: the raw score, less `missing_eos_penalty` where the sample was cut (it is scored as if it had ended).
-
-    pairwise: R(o, y) in {+1, 0, -1} as in GRAO's experiments, the sign of score(o) - score(y) with 0 within `tie_band`; y is the column
-    `chosen`, and R(y, y) = 0. A prompt is computed once for all its samples.
-    """
-
-    def __init__(self, scorer, name, missing_eos_penalty=1.0, pairwise=False, tie_band=0.0):
-        self.scorer, self.__name__, self.penalty, self.pairwise, self.tie_band = (
-            scorer,
-            name,
-            missing_eos_penalty,
-            pairwise,
-            tie_band,
-        )
-
-    def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
-        texts = [last_text(c, "assistant") for c in completions]
-        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
-        keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
-        for key, text, y in zip(keys, texts, references, strict=True):
-            if not self.pairwise or text != y:
-                groups.setdefault(key, {}).update({text: None, y: None})
-        prompt_of = dict(zip(keys, prompts))
-        for key, row in zip(
-            groups,
-            self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()]),
-        ):
-            groups[key] = dict(zip(groups[key], row))
-        rewards = []
-        for key, text, y, cut in zip(keys, texts, references, truncated or [False] * len(texts)):
-            if not self.pairwise:
-                rewards.append(groups[key][text] - self.penalty * cut)
-            else:
-                d = (groups[key][text] - groups[key][y] if text != y else 0.0) - self.penalty * cut
-                rewards.append(float(np.sign(d)) if abs(d) > self.tie_band else 0.0)
-        return rewards
-
-
-# ------------------------------------------------------------------------------------------------- the pairwise judge
-
-
-def load_model_reward(config, policy):
-    """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone where it is the same."""
-    options = dict(device=config.device, dtype=config.dtype)
-    kind, _, name = (
-        config.reward.rpartition(":")
-        if config.reward.startswith(("pairwise:", "judge:"))
-        else ("", "", config.reward)
-    )
-    if kind == "judge":
-        shared = os.path.realpath(find_model(name)) == os.path.realpath(policy.source)
-        return Judge(
-            policy if shared else Policy.load(name, quantize=config.quantize, **options),
-            name,
-            config.criterion,
-            config.micro_batch_tokens,
-        )
-    scorer = load_scorer(name, policy, config.micro_batch_tokens, **options)
-    return ModelReward(scorer, config.reward, config.missing_eos_penalty, kind == "pairwise", config.tie_band)
-
-
-# ------------------------------------------------------------------------------------------------------------- metrics
-
-
-# ------------------------------------------------------------ the commands
 
 
 @dataclass
@@ -271,6 +126,158 @@ class JudgeConfig(ScoreConfig):
     )
     criterion: str = same("criterion")
     quantize: str = same("quantize")
+
+
+CONFIGS = {"train": TrainConfig, "score": ScoreConfig, "judge": JudgeConfig}
+
+if __name__ == "__main__":
+    answer_early(CONFIGS, __doc__)  # --help and mistyped flags: the imports below take seconds
+
+import numpy as np
+
+from data.constraints import constraint_results, hack
+from data.loaders import load_records
+from data.messages import last_text
+from engine.draw import draw_calibration
+from engine.measures import against_experts, bootstrap_interval, measures, nag, ras, report_pairs
+from engine.models import find_model, whole_directory
+from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
+from engine.record import environment
+from policy import Policy
+from reward_model import (
+    Judge,
+    RoleScorer,
+    bradley_terry_loss,
+    fit_scorer,
+    load_scorer,
+    tokenizer_print,
+    verdict,
+)
+
+__all__ = ["bradley_terry_loss", "checked_rewards", "nag", "ras", "verifier"]  # what other code calls
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+def verifier(prompts, completions, constraints, truncated=None, min_words=None, about=None, **columns):
+    """1.0 for a completion that meets all its constraints, ended by itself, and is no hack; else 0.0 -> list[float].
+
+    constraints: one list per completion; truncated: one bool per completion, True where the length limit cut it;
+    min_words, about: see hack(), one per completion. UserError names an unknown constraint or a wrong field.
+    """
+    none = [None] * len(completions)
+    rewards = []
+    for prompt, completion, wanted, cut, fewest, topic in zip(
+        prompts, completions, constraints, truncated or none, min_words or none, about or none, strict=True
+    ):
+        prompt, text = last_text(prompt, "user"), last_text(completion, "assistant")
+        met = all(constraint_results(text, wanted)) and not cut
+        rewards.append(float(met and hack(prompt, text, fewest or 1, wanted, topic or ()) is None))
+    return rewards
+
+
+def checked_rewards(reward_fn, prompts, completions, columns):
+    """Call a user's reward function -> list[float]; whatever goes wrong in it becomes a one-line UserError."""
+    name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
+    try:
+        rewards = reward_fn(prompts=prompts, completions=completions, **columns)
+    except UserError:
+        raise
+    except Exception as error:  # the function is the user's: anything can come out of it
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"reward function {name}: raised {type(error).__name__}: {reason}") from error
+    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # an array or a tensor
+    if not isinstance(rewards, (list, tuple)):
+        raise UserError(
+            f"reward function {name}: returned {type(rewards).__name__}; return one number per completion"
+        )
+    if len(rewards) != len(completions):
+        raise UserError(
+            f"reward function {name}: returned {len(rewards)} rewards for {len(completions)} completions"
+        )
+    rewards = [value.tolist() if hasattr(value, "tolist") else value for value in rewards]
+    for i, value in enumerate(rewards):
+        if isinstance(value, (list, tuple)):
+            raise UserError(
+                f"reward function {name}: item {i} is a list; return one number, not one per token"
+            )
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"reward function {name}: item {i} is {value!r}; return a finite number")
+    return [float(value) for value in rewards]
+
+
+# -------------------------------------------------------------------------------------------------------- reward model
+
+
+# ---------------------------------------------------------------------------------------------- models that score texts
+
+
+class ModelReward:
+    """A scorer as a reward function: the raw score, less `missing_eos_penalty` where the sample was cut (it is scored as if it had ended).
+
+    pairwise: R(o, y) in {+1, 0, -1} as in GRAO's experiments, the sign of score(o) - score(y) with 0 within `tie_band`; y is the column
+    `chosen`, and R(y, y) = 0. A prompt is computed once for all its samples.
+    """
+
+    def __init__(self, scorer, name, missing_eos_penalty=1.0, pairwise=False, tie_band=0.0):
+        self.scorer, self.__name__, self.penalty, self.pairwise, self.tie_band = (
+            scorer,
+            name,
+            missing_eos_penalty,
+            pairwise,
+            tie_band,
+        )
+
+    def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
+        texts = [last_text(c, "assistant") for c in completions]
+        experts = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
+        keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
+        for key, text, y in zip(keys, texts, experts, strict=True):
+            if not self.pairwise or text != y:
+                groups.setdefault(key, {}).update({text: None, y: None})
+        prompt_of = dict(zip(keys, prompts))
+        for key, row in zip(
+            groups,
+            self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()]),
+        ):
+            groups[key] = dict(zip(groups[key], row))
+        rewards = []
+        for key, text, y, cut in zip(keys, texts, experts, truncated or [False] * len(texts)):
+            if not self.pairwise:
+                rewards.append(groups[key][text] - self.penalty * cut)
+            else:
+                d = (groups[key][text] - groups[key][y] if text != y else 0.0) - self.penalty * cut
+                rewards.append(float(np.sign(d)) if abs(d) > self.tie_band else 0.0)
+        return rewards
+
+
+# ------------------------------------------------------------------------------------------------- the pairwise judge
+
+
+def load_model_reward(config, policy):
+    """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone where it is the same."""
+    options = dict(device=config.device, dtype=config.dtype)
+    kind, _, name = (
+        config.reward.rpartition(":")
+        if config.reward.startswith(("pairwise:", "judge:"))
+        else ("", "", config.reward)
+    )
+    if kind == "judge":
+        shared = os.path.realpath(find_model(name)) == os.path.realpath(policy.source)
+        return Judge(
+            policy if shared else Policy.load(name, quantize=config.quantize, **options),
+            name,
+            config.criterion,
+            config.micro_batch_tokens,
+        )
+    scorer = load_scorer(name, policy, config.micro_batch_tokens, **options)
+    return ModelReward(scorer, config.reward, config.missing_eos_penalty, kind == "pairwise", config.tie_band)
+
+
+# ------------------------------------------------------------------------------------------------------------- metrics
+
+
+# ------------------------------------------------------------ the commands
 
 
 def check_unknown(policy, prompts, config):
@@ -404,9 +411,9 @@ def pairs_to_measure(config, tokens, context, level):
 
 def print_samples(config, name, reward_fn, before, after):
     """RAS and NAG of a run by `reward_fn`, beside those by the reward that it was trained with."""
-    rewards, references = [], []
+    rewards, experts = [], []
     for part in (before, after):
-        prompts, answers = [s["prompt"] for s in part], [s["reference"] for s in part]
+        prompts, answers = [s["prompt"] for s in part], [s["expert"] for s in part]
         rewards.append(
             reward_fn(
                 prompts,
@@ -415,14 +422,14 @@ def print_samples(config, name, reward_fn, before, after):
                 truncated=[s["truncated"] for s in part],
             )
         )
-        references.append(reward_fn(prompts, answers, chosen=answers))
+        experts.append(reward_fn(prompts, answers, chosen=answers))
     print(f"{len(after)} held-out prompts of {config.samples}")
     recorded = (
         [[s["reward"] for s in part] for part in (before, after)],
-        [[s["reference_reward"] for s in part] for part in (before, after)],
+        [[s["expert_reward"] for s in part] for part in (before, after)],
     )
-    for title, numbers in (("by the reward of the run", recorded), (f"by {name}", (rewards, references))):
-        print(f"{title}\n  " + "\n  ".join(against_references(*numbers)))
+    for title, numbers in (("by the reward of the run", recorded), (f"by {name}", (rewards, experts))):
+        print(f"{title}\n  " + "\n  ".join(against_experts(*numbers)))
 
 
 def score_command(config):
@@ -452,11 +459,7 @@ def judge_command(config):
     if config.samples:
         before, after = read_samples(config)
         cases = [
-            [
-                (s["prompt"], s["completion"], s["reference"])
-                for s in part
-                if s["completion"] != s["reference"]
-            ]
+            [(s["prompt"], s["completion"], s["expert"]) for s in part if s["completion"] != s["expert"]]
             for part in (before, after)
         ]
         print_position([case for part in cases for case in part], judge)
@@ -490,37 +493,22 @@ def print_position(cases, judge):
     return verdicts
 
 
-COMMANDS = {
-    "train": (TrainConfig, train_command),
-    "score": (ScoreConfig, score_command),
-    "judge": (JudgeConfig, judge_command),
-}
+COMMANDS = {"train": train_command, "score": score_command, "judge": judge_command}
 
 
 def main(argv):
-    """python reward.py train|score|judge [flags] -> exit status, see train.exit_status."""
-    word = argv[0] if argv else ""
-    if word in ("-h", "--help"):
-        print(
-            f"{__doc__}\nusage: python reward.py {'|'.join(COMMANDS)} [flags]; for the flags: python reward.py COMMAND --help"
-        )
-        return 0
-    return exit_status(lambda: run(word, argv[1:]), stopped="stopped; nothing was written")
+    """python reward.py train|score|judge [flags] -> exit status, see engine.command_line.exit_status."""
+    return exit_status(lambda: run(argv), stopped="stopped; nothing was written")
 
 
-def run(word, flags):
-    if word not in COMMANDS:
-        raise UserError(
-            f"{f'no command {word}' if word else 'no command'}: the first word is one of {', '.join(COMMANDS)} (see --help)"
-        )
-    config_class, command = COMMANDS[word]
-    sys.argv[0] = f"reward.py {word}"
-    config = config_class(**parse(config_class, flags, __doc__))
+def run(argv):
+    word, flags = choose_command(CONFIGS, argv, __doc__)
+    config = CONFIGS[word](**parse(CONFIGS[word], flags, __doc__))
     if isinstance(config, ScoreConfig) and (
         config.model is None or (config.data is None) == (config.samples is None)
     ):
         raise UserError(f"reward.py {word}: needs --model, and either --data or --samples")
-    command(check_settings(config))
+    COMMANDS[word](check_settings(config))
     return True
 
 

@@ -27,19 +27,14 @@ What makes a loss differ from a shaped reward: in a group whose rewards tie, nor
 enters at full strength there; as a loss of its own it enters at lambda everywhere.
 """
 
+import itertools
 import math
 import sys
 from dataclasses import dataclass
 
-import torch
-
-import discriminator
-from baselines import grpo_advantages, grpo_loss, sft_loss
 from data import UserError
-from engine.command_line import exit_status
-from engine.settings import Config, Method, setting
-from losses import aggregate_tokens, completion_mask, flat, normaliser
-from train import Sums, main, schedule
+from engine.command_line import answer_early, exit_status
+from engine.settings import Config, DiscriminatorConfig, Method, setting
 
 # Variant -> objective of its first stage, and of its second if it has one.
 VARIANTS = {
@@ -115,34 +110,58 @@ class UniAPLConfig(Config):
     )
 
 
+if __name__ == "__main__":  # --help and mistyped flags: the imports below take seconds
+    answer_early({"": UniAPLConfig, "discriminator": DiscriminatorConfig}, __doc__)
+
+import torch
+from torch import Tensor
+
+import discriminator
+from baselines import grpo_advantages, grpo_loss, sft_loss
+from losses import aggregate_tokens, completion_mask, denominator
+from train import Part, Sums, Trainer, main, schedule
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The objective
 
 
-def uniapl_loss(grpo, sft, adversarial, mu, lambda_adv):
-    """(1 - mu) (L_GRPO + lambda L_adv) + mu (L_SFT + lambda L_adv) = (1 - mu) L_GRPO + mu L_SFT + lambda L_adv, of scalars.
+def uniapl_loss(grpo, sft, adversarial, mu: float, lambda_adv: float):
+    """The objective of 2509.25148 on mixed data, of three scalars (tensors, or 0 for one that is not there):
 
-    mu = 1 is A-SFT, mu = 0 A-GRPO; lambda = 0 is CHORD. 2509.25148 weights the two kinds of data as CHORD does (2508.11408).
+        L = (1 - μ) (L_GRPO + λ L_adv) + μ (L_SFT + λ L_adv)
+          = (1 - μ) L_GRPO + μ L_SFT + λ L_adv
+
+    mu in [0, 1] weighs the two kinds of data as CHORD does (2508.11408): rewards on own samples, and demonstrations. The
+    anchor, weight lambda_adv >= 0, counts once whatever mu is. mu = 1 is A-SFT, mu = 0 A-GRPO, lambda_adv = 0 CHORD.
     """
     return (1 - mu) * grpo + mu * sft + lambda_adv * adversarial
 
 
-def adversarial_advantages(scores):
-    """A^D_i = (D_i - mean D) / (std D + 1e-6) by group: scores (B, G) -> (B, G), detached; std of the population; tied groups exactly 0.
+def adversarial_advantages(scores: Tensor) -> Tensor:
+    """A^D_i = (D_i - mean D) / (std D + 1e-6), each prompt by itself: scores (B, G), in D's unit -> (B, G), detached.
 
-    As GRPO's rewards, so that a score's unit does not matter. ValueError for another shape, or a score that is not finite.
+    As GRPO's rewards, so that a score's unit does not matter; std is the population's, tied groups are exactly 0.
+    ValueError for another shape, or a score that is not finite.
     """
     return grpo_advantages(scores)
 
 
-def adversarial_loss(logps, advantages, mask, denominator=None):
-    """L_adv = -1/N sum_i A^D_i 1/|o_i| sum_t log pi(o_{i,t}): logps, mask (N, T), advantages (N,) -> scalar. Ours, see the module."""
+def adversarial_loss(logps: Tensor, advantages: Tensor, mask: Tensor, denominator=None) -> Tensor:
+    """L_adv = -1/N Σᵢ A^Dᵢ 1/|oᵢ| Σₜ log π(oᵢₜ): logps, mask (..., T), advantages (...,) -> scalar. Ours, see the module.
+
+    D scores whole answers and is a frozen number: no gradient flows through it into tokens that were sampled. What remains
+    is the score-function gradient: raise the likelihood of samples that D finds more like the expert's than their group.
+    """
     logps = torch.where(mask, logps, 0)
-    return aggregate_tokens(-advantages.detach()[:, None] * logps, mask, "sequence", denominator=denominator)
+    objective = advantages.detach()[..., None] * logps
+    return aggregate_tokens(-objective, mask, "sequence", denominator=denominator)
 
 
-def chord_mu(step, warmup, decay, peak, valley):
-    """mu at a step (from 0): linear from 0 to `peak` over `warmup` steps, cosine to `valley` over `decay` steps, then constant. 2508.11408."""
+def chord_mu(step: int, warmup: int, decay: int, peak: float, valley: float) -> float:
+    """mu at a step (from 0), 2508.11408: linear from 0 to `peak` over `warmup` steps, cosine to `valley` over `decay`, constant.
+
+    Early the expert knows better than the policy; later imitation would hold it at the expert's level.
+    """
     if step < warmup:
         return peak * step / warmup
     if step >= warmup + decay:
@@ -150,257 +169,245 @@ def chord_mu(step, warmup, decay, peak, valley):
     return valley + (peak - valley) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / decay))
 
 
-def sft_phi_loss(logps, mask, denominator=None):
-    """CHORD-phi, 2508.11408: -mean_t phi_t log p_t, phi_t = p_t (1 - p_t) without gradient. (N, T) -> scalar over all tokens.
+def sft_phi_loss(logps: Tensor, mask: Tensor, denominator=None) -> Tensor:
+    """CHORD-phi, 2508.11408: -meanₜ φₜ log pₜ with φₜ = pₜ (1 - pₜ). logps, mask (..., T) -> scalar over all tokens.
 
     Tokens that the policy knows already or holds for impossible weigh little; p = 1/2 weighs most, 1/4.
     """
     logps = torch.where(mask, logps, 0)
-    p = logps.detach().exp()
+    p = (
+        logps.detach().exp()
+    )  # phi is a weight: with gradient the loss would also fall by no longer weighing what it cannot fit
     return aggregate_tokens(-p * (1 - p) * logps, mask, "token", denominator=denominator)
 
 
-def luffy_loss(logps, advantages, mask, gamma=0.1, aggregate="sequence", denominator=None):
-    """LUFFY's off-policy part, 2504.14945: -f(pi) A with f(x) = x / (x + gamma). logps, mask (N, T), advantages (N,) -> scalar.
-
-    The expert's own probabilities are unknown and taken as 1, so the ratio is pi itself; it is not clipped. f' is largest for unlikely tokens.
-    """
-    p = torch.where(mask, logps, 0).exp()
-    return aggregate_tokens(
-        -advantages.detach()[:, None] * p / (p + gamma), mask, aggregate, denominator=denominator
-    )
-
-
-def hpt_switch(rewards, threshold=0.0):
-    """HPT, 2509.04419: rewards (B, G) -> (B,) bool, True where no sample passes, so that the expert is imitated and GRPO is off."""
-    return rewards.amax(1) <= threshold
-
-
 # ---------------------------------------------------------------------------------------------------------------------------------
-# A step
+# Stages, and the weights of a stage
 
 
-def switch_step(c):
+@dataclass
+class Stage:
+    """Where a step stands in its variant's pipeline."""
+
+    number: int  # 1 or 2
+    objective: str
+    begin: int  # the run's step at which it began
+    moves: int  # the first step at which the policy moves: later, while a co-trained discriminator warms up
+
+
+def switch_step(c: UniAPLConfig) -> int | None:
     """First step of stage 2, None for a variant of one stage."""
     if len(VARIANTS[c.variant]) == 1:
         return None
     step = c.switch_step if c.switch_step >= 1 else round(c.switch_step * c.steps)
     if step != int(step) or not 1 <= step < c.steps:
         raise UserError(
-            f"--switch-step {c.switch_step:g}: of {c.steps} steps, stage 1 takes a whole number from 1 to {c.steps - 1}, or a share of them"
+            f"--switch-step {c.switch_step:g}: of {c.steps} steps, stage 1 takes a whole number from 1 to {c.steps - 1}, "
+            "or a share of them"
         )
     return int(step)
 
 
-def stages(c):
-    """[(objective, first step, first step at which the policy moves)]: a co-trained discriminator needs steps of its own before it is used."""
-    found, resting = [], c.discriminator_warmup if c.discriminator == "cotrained" else 0
-    for objective, begin, end in zip(
-        VARIANTS[c.variant], (0, switch_step(c)), (switch_step(c) or c.steps, c.steps)
-    ):
+def stages(c: UniAPLConfig) -> list[Stage]:
+    """The variant's one or two stages. UserError if a discriminator's warm-up leaves the policy no step of one."""
+    found, switch = [], switch_step(c)
+    # A co-trained discriminator knows nothing yet: it needs steps of its own before it is used, counted once.
+    resting = c.discriminator_warmup if c.discriminator == "cotrained" else 0
+    for objective, begin, end in zip(VARIANTS[c.variant], (0, switch), (switch or c.steps, c.steps)):
         moves = begin + resting * (objective in ANCHORED)
         if moves >= end:
             raise UserError(
-                f"--discriminator-warmup {resting}: leaves the policy no step of the {end - begin} in which {objective} is optimised"
+                f"--discriminator-warmup {resting}: leaves the policy no step of the {end - begin} in which {objective} "
+                "is optimised"
             )
         resting -= moves - begin
-        found.append((objective, begin, moves))
+        found.append(Stage(len(found) + 1, objective, begin, moves))
     return found
 
 
-def weights(c, objective, step):
-    """Weights of (preference, imitation, adversarial part) at a step of an objective, and mu if it has one."""
-    if objective in ("ptx", "luffy", "hpt"):
-        return (1.0, c.ptx_coef if objective == "ptx" else 1.0, 0.0), None
-    mu = float(objective in ("sft", "a-sft"))
-    if objective in MIXED:
-        decay = round(2 * c.steps / 3) if c.mu_decay is None else c.mu_decay
-        mu = (
-            chord_mu(step, c.mu_warmup, decay, c.mu_peak, c.mu_valley)
-            if c.mu is None and not c.phi
-            else (0.1 if c.mu is None else c.mu)
-        )
-    lam = c.lambda_adv if objective in ANCHORED and objective != "shaping" else 0.0
-    return tuple(uniapl_loss(*part, mu, lam) for part in ((1, 0, 0), (0, 1, 0), (0, 0, 1))), mu
+def enter_stage(trainer: Trainer) -> Stage:
+    """The step's stage. Stage 2 starts as a run of its own: AdamW's moments forgotten, the learning rate warming up.
+
+    Of the step alone, so a resumed run repeats it. Moments kept from stage 1 would drive the first steps of stage 2 along SFT's gradient.
+    """
+    c, optimizer = trainer.config, trainer.optimizer
+    stage = [stage for stage in stages(c) if stage.begin <= trainer.step][-1]
+    if stage.number == 2:
+        if trainer.step == stage.begin:
+            for p in trainer.policy.trainable().values():
+                optimizer.state.pop(p, None)
+        warm = schedule("constant", trainer.step - stage.begin, c.warmup_steps, c.steps)
+        optimizer.param_groups[0]["base_lr"] = (c.switch_lr or c.lr) * warm
+    return stage
+
+
+def weights(c: UniAPLConfig, stage: Stage, step: int) -> tuple[float, float]:
+    """(mu, lambda) of uniapl_loss at a step of the run: which of the three losses a stage's objective has, and how much of each."""
+    mu = 1.0 if stage.objective in ("sft", "a-sft") else 0.0
+    if stage.objective in MIXED:
+        mu = mixed_mu(c, max(0, step - stage.moves))
+    anchored = (
+        stage.objective in ANCHORED and stage.objective != "shaping"
+    )  # shaping has D in its reward instead
+    return mu, c.lambda_adv if anchored else 0.0
+
+
+def mixed_mu(c: UniAPLConfig, step: int) -> float:
+    """mu at a step of a mixed objective: constant with --mu or --phi (CHORD-phi's 0.1), else CHORD's schedule."""
+    if c.mu is not None:
+        return c.mu
+    if c.phi:
+        return 0.1
+    decay = round(2 * c.steps / 3) if c.mu_decay is None else c.mu_decay
+    return chord_mu(step, c.mu_warmup, decay, c.mu_peak, c.mu_valley)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# A step
+
+
+def update(trainer: Trainer, records: list) -> dict:
+    """One step of (1 - mu) L_GRPO + mu L_SFT + lambda L_adv on B records: every variant but the neighbours at the end."""
+    c, sums, metrics = trainer.config, Sums(), {}
+    stage = enter_stage(trainer)
+    mu, lam = weights(c, stage, trainer.step)
+    rests = trainer.step < stage.moves  # the policy, while its discriminator warms up
+    gradient = Gradient(trainer)
+
+    # The loss is a sum over two kinds of data. They lie in different micro-batches, each of which brings the terms that it
+    # has; a term that it has not is 0, and what the micro-batches leave in p.grad adds up to the gradient of all three.
+    if stage.objective != "sft":
+        # 1. The policy's own samples o_1..o_G (B, G): the reward R says which to prefer, D which look like the expert's.
+        #    The two are normalised apart: together, lambda would cancel in every group whose rewards tie.
+        batch, D, metrics = judged_rollout(trainer, records)
+        R = batch.rewards + c.lambda_adv * D if stage.objective == "shaping" else batch.rewards
+        A, A_D = grpo_advantages(R), adversarial_advantages(D)
+        n = denominator(batch.completions, c.aggregate)
+        learns = (
+            mu < 1 or lam > 0
+        ) and not rests  # scored without a graph, for the log alone, where nothing asks for one
+        for part in trainer.scored(batch, sums, grad=learns):  # logps, ref_logps, mask (b, G, T)
+            L_grpo = preference_loss(c, part, A, n)
+            L_adv = adversarial_loss(part.logps, A_D[part.groups], part.mask, denominator=A_D.numel())
+            gradient.add(uniapl_loss(L_grpo, 0, L_adv, mu, lam), preference=L_grpo, adversarial=L_adv)
+
+    # 2. The expert's answers y: imitation in the same step, so that exploration keeps its ground.
+    n = denominator([[r["expert_ids"]] for r in records], "token")
+    for part in trainer.scored_experts(records, grad=mu > 0 and not rests):  # logps, mask (b, 1, T)
+        sums.add("logp/expert", part.logps, part.mask)
+        L_sft = imitation_loss(c, part, n)
+        gradient.add(uniapl_loss(0, L_sft, 0, mu, lam), imitation=L_sft)
+
+    # 3. Step.
+    metrics |= {"stage": 0} if rests else {"stage": stage.number, "mu": mu}
+    return metrics | finish(trainer, records, gradient, sums)
+
+
+def preference_loss(c, part: Part, A: Tensor, n: Tensor) -> Tensor:
+    """L_GRPO of a micro-batch; A (B, G), n the step's count. One update a rollout: the ratio is 1, so no clip and no old_logps."""
+    settings = dict(kl_coef=c.kl_coef, kl="k3_ratio", aggregate=c.aggregate, denominator=n)
+    loss, _ = grpo_loss(part.logps, None, part.ref_logps, A[part.groups], part.mask, **settings)
+    return loss
+
+
+def imitation_loss(c, part: Part, n: Tensor) -> Tensor:
+    """L_SFT of a micro-batch of expert answers, or CHORD-phi's; n: the tokens of all the step's."""
+    loss = sft_phi_loss if c.phi else sft_loss
+    return loss(part.logps, part.mask, denominator=n)
+
+
+def judged_rollout(trainer: Trainer, records: list) -> tuple:
+    """(Batch, D (B, G) of its samples, without gradient and 0 where there is no discriminator, metrics)."""
+    c, ends = trainer.config, trainer.policy.eos_ids
+    batch = trainer.rollout(records)
+    D, seen = torch.zeros_like(batch.rewards), {}
+    if c.discriminator:
+        D, seen = discriminator.judge(trainer, kind(c), batch)
+    return (
+        batch,
+        D,
+        batch.metrics | seen | distinct(batch.completions, 1, ends) | distinct(batch.completions, 2, ends),
+    )
+
+
+def finish(trainer: Trainer, records: list, gradient: "Gradient", sums: Sums) -> dict:
+    """The optimiser's step on what was gathered -> metrics."""
+    lengths = [len(r["expert_ids"]) for r in records]
+    metrics = {"length/expert": sum(lengths) / len(lengths), "loss": gradient.loss}
+    return metrics | gradient.finish() | sums.means() | trainer.optimizer_step()
 
 
 class Gradient:
-    """Adds up a step's gradient in p.grad; where `apart`, each part by itself first, for their norms and cosines."""
+    """Adds up a step's gradient in p.grad; every --parts-every steps each part's by itself first, for their norms and cosines."""
 
-    def __init__(self, params, apart):
-        self.params, self.apart, self.parts, self.loss = list(params), apart, {}, 0.0
+    def __init__(self, trainer: Trainer):
+        self.params = list(trainer.policy.trainable().values())
+        self.apart = trainer.step % trainer.config.parts_every == 0
+        self.parts, self.loss = {}, 0.0
 
-    def add(self, **parts):
-        """parts: name=(weight, loss) of one graph. A weight of 0 leaves the loss out, so that it costs no backward pass and no rounding."""
-        losses = {name: weight * loss for name, (weight, loss) in parts.items() if weight}
-        self.loss += sum(float(loss.detach()) for loss in losses.values())
-        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
-        if not self.apart:
-            if losses:
-                sum(losses.values()).backward()
+    def add(self, loss: Tensor, **terms: Tensor):
+        """A micro-batch's loss, linear in the `terms` it was made of, whose names are the parts'. Without a graph it is only counted."""
+        self.loss += float(loss.detach())
+        if not loss.requires_grad:
             return
-        for left, (name, loss) in zip(reversed(range(len(losses))), losses.items()):
-            found = torch.autograd.grad(loss, self.params, retain_graph=left > 0)
-            self.parts[name] = (
-                [a + b for a, b in zip(self.parts[name], found)] if name in self.parts else list(found)
-            )
+        if not self.apart:
+            loss.backward()
+            return
+        # loss = sum_k w_k L_k, so its derivative by L_k is the weight w_k, and w_k times L_k's gradient is what k gives to the step.
+        weights = torch.autograd.grad(loss, list(terms.values()), retain_graph=True)
+        wanted = [(name, w) for name, w in zip(terms, weights) if w]
+        for left, (name, weight) in zip(reversed(range(len(wanted))), wanted):
+            found = torch.autograd.grad(terms[name], self.params, weight, retain_graph=left > 0)
+            before = self.parts.get(name, [0.0] * len(found))
+            self.parts[name] = [a + b for a, b in zip(before, found)]
 
-    def finish(self):
+    def finish(self) -> dict:
         """Norms and cosines of the parts, weights included: they sum to the step's gradient, before clipping."""
         norms, metrics = {}, {}
         for name, part in self.parts.items():
             for p, g in zip(self.params, part):
                 p.grad = g.clone() if p.grad is None else p.grad.add_(g)
             norms[name] = float(torch.stack([g.square().sum() for g in part]).sum().sqrt())
-        for i, a in enumerate(norms):
-            metrics[f"gradient/{a}"] = norms[a]
-            for b in list(norms)[i + 1 :]:
-                if norms[a] and norms[b]:
-                    dot = sum(float((x * y).sum()) for x, y in zip(self.parts[a], self.parts[b]))
-                    metrics["cosine/" + "_".join(sorted((a, b)))] = dot / (norms[a] * norms[b])
+            metrics[f"gradient/{name}"] = norms[name]
+        for a, b in itertools.combinations(sorted(norms), 2):
+            if norms[a] and norms[b]:
+                dot = sum(float((x * y).sum()) for x, y in zip(self.parts[a], self.parts[b]))
+                metrics[f"cosine/{a}_{b}"] = dot / (norms[a] * norms[b])
         return metrics
 
 
-def distinct(groups, n, ends):
-    """{"distinct/n": share} (Li et al., arXiv 1510.03055) within each prompt's samples: different n-grams over all, mean over prompts; {}: none."""
+def distinct(groups: list, n: int, ends: list) -> dict:
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's samples, mean over prompts.
+
+    groups: B lists of G lists of ids; ends: the EOS ids, which are left out. {} where no sample has n tokens.
+    """
     shares = []
     for group in groups:
         texts = [[t for t in ids if t not in ends] for ids in group]
         grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
-        shares += [len(set(grams)) / len(grams)] if grams else []
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
     return {f"distinct/{n}": sum(shares) / len(shares)} if shares else {}
 
 
-def credit(c, objective, batch, D):
-    """What each answer of a batch is worth to preference and imitation, where the objective says so itself.
-
-    -> A (B, G) of the samples, A_y (B, 1) of the expert in the group (luffy), imitated (B, 1) bool: experts that are imitated.
-    """
-    rewards = batch.rewards + c.lambda_adv * D if objective == "shaping" else batch.rewards
-    everyone = torch.ones(len(rewards), 1, dtype=torch.bool, device=rewards.device)
-    if objective == "luffy":
-        return *grpo_advantages(torch.cat([rewards, batch.reference_rewards[:, None]], 1)).split(
-            [c.group_size, 1], 1
-        ), everyone
-    A = grpo_advantages(rewards)
-    if objective == "hpt":
-        fails = hpt_switch(rewards, c.hpt_threshold)[:, None]
-        return torch.where(fails, 0.0, A), None, fails
-    return A, None, everyone
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The discriminator of a run
 
 
-def update(trainer, records):
-    """One optimisation step of the variant on B records."""
-    c, policy, sums, metrics = trainer.config, trainer.policy, Sums(), {}
-    stage, (objective, begin, moves) = [(i, s) for i, s in enumerate(stages(c), 1) if s[1] <= trainer.step][
-        -1
-    ]
-    (w_preference, w_imitation, w_adversarial), mu = weights(c, objective, max(0, trainer.step - moves))
-    resting = trainer.step < moves
-    if stage == 2:
-        begin_stage(trainer, begin)
-    gradient = Gradient(policy.trainable().values(), apart=trainer.step % c.parts_every == 0)
-    experts = [[r["reference_ids"]] for r in records]
-    expert_mask = completion_mask(experts, policy.device)  # (B, T)
-    n_expert = normaliser(expert_mask, "token")
-    imitated = torch.ones(len(records), 1, dtype=torch.bool, device=policy.device)
-
-    if objective != "sft":  # the policy's own samples: preference and adversarial part
-        batch = trainer.rollout(records)
-        prompts, samples = batch.prompts, batch.completions
-        metrics |= batch.metrics | distinct(samples, 1, policy.eos_ids) | distinct(samples, 2, policy.eos_ids)
-        D = torch.zeros_like(batch.rewards)  # (B, G)
-        if c.discriminator:
-            D, seen = discriminator.judge(trainer, kind(c), batch)
-            metrics |= seen
-        A_D = adversarial_advantages(D)
-        A, A_y, imitated = credit(c, objective, batch, D)
-        n = normaliser(completion_mask(samples, policy.device), c.aggregate)
-        if objective == "luffy":  # one group, one count
-            n_expert = n = n + normaliser(expert_mask, c.aggregate)
-        if (
-            objective == "hpt"
-        ):  # the token mean over imitated experts, weighted by their share of the prompts: all is SFT, none is GRPO
-            n_expert = (expert_mask & imitated).sum().clamp(min=1) / imitated.float().mean().clamp(min=1e-9)
-            metrics["hpt/imitated"] = float(imitated.float().mean())
-        for part in trainer.micro_batches(prompts, samples):
-            with torch.set_grad_enabled(not resting):
-                scored = policy.token_logps(prompts[part], samples[part], c.temperature)
-            with torch.no_grad():
-                reference = policy.token_logps(prompts[part], samples[part], c.temperature, role="reference")
-            sums.tokens(scored, reference, batch.sampled_logps[part])
-            logps, mask = flat(scored.logps), flat(scored.mask)
-            grpo, _ = grpo_loss(
-                logps,
-                None,
-                flat(reference.logps),
-                A[part].flatten(),
-                mask,
-                kl_coef=c.kl_coef,
-                kl="k3_ratio",
-                aggregate=c.aggregate,
-                denominator=n,
-            )
-            adversarial = adversarial_loss(logps, A_D[part].flatten(), mask, denominator=A_D.numel())
-            gradient.add(preference=(w_preference, grpo), adversarial=(w_adversarial, adversarial))
-
-    prompts = [r["prompt_ids"] for r in records]
-    for part in trainer.micro_batches(prompts, experts):  # the expert's answers: imitation
-        with torch.set_grad_enabled(w_imitation > 0 and not resting):
-            scored = policy.token_logps(
-                prompts[part], experts[part], c.temperature if objective == "luffy" else 1.0
-            )
-        sums.add("logp/expert", scored.logps, scored.mask)
-        logps, mask = flat(scored.logps), flat(scored.mask)
-        if objective == "luffy":
-            imitation = luffy_loss(
-                logps, A_y[part].flatten(), mask, aggregate=c.aggregate, denominator=n_expert
-            )
-        else:
-            imitation = (sft_phi_loss if c.phi else sft_loss)(
-                logps, mask & imitated[part], denominator=n_expert
-            )
-        gradient.add(imitation=(w_imitation, imitation))
-
-    metrics |= {
-        "length/expert": float(expert_mask.sum(1).float().mean()),
-        "stage": 0 if resting else stage,
-        "loss": gradient.loss,
-    }
-    metrics |= (
-        gradient.finish()
-        | sums.means()
-        | trainer.optimizer_step()
-        | ({} if mu is None or resting else {"mu": mu})
-    )
-    return metrics | {"lr": trainer.optimizer.param_groups[0]["lr"]}
-
-
-def begin_stage(trainer, begin):
-    """Stage 2 starts as a run of its own: AdamW's moments forgotten, the learning rate warming up. From the step alone, so a resumed run repeats it."""
-    c, params = trainer.config, trainer.policy.trainable().values()
-    if trainer.step == begin:
-        for p in params:
-            trainer.optimizer.state.pop(p, None)
-    warm = schedule("constant", trainer.step - begin, c.warmup_steps, c.steps)
-    trainer.optimizer.param_groups[0]["base_lr"] = (c.switch_lr or c.lr) * warm
-
-
-def kind(c):
+def kind(c: UniAPLConfig) -> str:
     """How the discriminator of the settings scores: polar, embedding or cotrained; a directory holds a polar one."""
     return c.discriminator if c.discriminator in ("embedding", "cotrained") else "polar"
 
 
-def setup(trainer):
+def setup(trainer: Trainer):
     """Check what depends on several settings, and make the discriminator."""
     c, policy = trainer.config, trainer.policy
     if (c.phi or c.mu is not None) and c.variant not in MIXED:
-        raise UserError(
-            f"--{'phi' if c.phi else 'mu'} is for the variants {', '.join(MIXED)}; {c.variant} does not weigh by mu"
-        )
+        flag = "phi" if c.phi else "mu"
+        raise UserError(f"--{flag} is for the variants {', '.join(MIXED)}; {c.variant} does not weigh by mu")
     if c.discriminator is None and set(VARIANTS[c.variant]) & set(ANCHORED):
         c.discriminator = "polar"
-    stages(c)
+    stages(c)  # for its errors
     if c.discriminator and kind(c) == "polar":
         discriminator.check_context(policy, trainer.records, c)
     if c.discriminator == "polar":
@@ -408,13 +415,97 @@ def setup(trainer):
             policy.add_role(discriminator.ROLE)  # the checkpoint fills it
         else:
             discriminator.train_at_start(policy, c)
-        trainer.params |= discriminator.freeze(
-            policy
-        )  # saved in the checkpoint and, in no parameter group, not trained
+        # Fixed during the run: saved in the checkpoint and, in no parameter group, not trained.
+        trainer.params |= discriminator.freeze(policy)
     elif c.discriminator == "cotrained":
         trainer.train_parameters(policy.add_role(discriminator.ROLE), c.discriminator_lr)
     elif c.discriminator not in (None, "embedding"):
         discriminator.load(policy, c.discriminator)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# The neighbours' steps: other ways to learn from y and from rewards at once, over the same parts. None has an anchor, and none needs mu.
+
+
+def ptx_update(trainer: Trainer, records: list) -> dict:
+    """L_GRPO + ptx_coef L_SFT: InstructGPT's mix (2203.02155, eq. (2)) at a constant weight. The honest strong baseline."""
+    c, sums, gradient = trainer.config, Sums(), Gradient(trainer)
+    batch, _, metrics = judged_rollout(trainer, records)
+    A = grpo_advantages(batch.rewards)
+    n = denominator(batch.completions, c.aggregate)
+    for part in trainer.scored(batch, sums):
+        L_grpo = preference_loss(c, part, A, n)
+        gradient.add(L_grpo, preference=L_grpo)
+    n = denominator([[y] for y in batch.experts], "token")
+    for part in trainer.scored_experts(records, grad=c.ptx_coef > 0):
+        sums.add("logp/expert", part.logps, part.mask)
+        L_sft = imitation_loss(c, part, n)
+        gradient.add(c.ptx_coef * L_sft, imitation=L_sft)
+    return metrics | {"stage": 1} | finish(trainer, records, gradient, sums)
+
+
+def luffy_loss(logps, advantages, mask, gamma=0.1, aggregate="sequence", denominator=None) -> Tensor:
+    """LUFFY's off-policy part, 2504.14945: -f(π) A with f(x) = x / (x + γ). logps, mask (..., T), advantages (...,) -> scalar.
+
+    The expert's own probabilities are unknown and taken as 1, so the ratio is pi itself; it is not clipped. f' is largest
+    for unlikely tokens, which a plain ratio would leave without gradient.
+    """
+    p = torch.where(mask, logps, 0).exp()
+    objective = advantages.detach()[..., None] * p / (p + gamma)
+    return aggregate_tokens(-objective, mask, aggregate, denominator=denominator)
+
+
+def luffy_update(trainer: Trainer, records: list) -> dict:
+    """LUFFY: the expert answer joins the group as one more member, with an advantage and not with a weight."""
+    c, sums, gradient = trainer.config, Sums(), Gradient(trainer)
+    batch, _, metrics = judged_rollout(trainer, records)
+    # One group of G + 1: y is good only as far as its reward beats the samples', unlike in SFT.
+    group = torch.cat([batch.rewards, batch.expert_rewards[:, None]], 1)  # (B, G + 1)
+    A, A_y = grpo_advantages(group).split([c.group_size, 1], 1)  # (B, G), (B, 1)
+    # One group, one count: counted apart, a lone y would weigh as much as all G samples.
+    n = denominator(batch.completions, c.aggregate) + denominator([[y] for y in batch.experts], c.aggregate)
+    for part in trainer.scored(batch, sums):
+        L_grpo = preference_loss(c, part, A, n)
+        gradient.add(L_grpo, preference=L_grpo)
+    # At the samples' temperature, because they share a group.
+    for part in trainer.scored_experts(records, c.temperature):
+        sums.add("logp/expert", part.logps, part.mask)
+        L_luffy = luffy_loss(part.logps, A_y[part.groups], part.mask, aggregate=c.aggregate, denominator=n)
+        gradient.add(L_luffy, imitation=L_luffy)
+    return metrics | {"stage": 1} | finish(trainer, records, gradient, sums)
+
+
+def hpt_switch(rewards: Tensor, threshold: float = 0.0) -> Tensor:
+    """HPT, 2509.04419: rewards (B, G) -> (B,) bool, True where no sample passes, so that the expert is imitated and GRPO is off."""
+    return rewards.amax(1) <= threshold
+
+
+def hpt_update(trainer: Trainer, records: list) -> dict:
+    """HPT: a prompt none of whose samples passes is trained by imitation, any other by GRPO."""
+    c, sums, gradient = trainer.config, Sums(), Gradient(trainer)
+    batch, _, metrics = judged_rollout(trainer, records)
+    fails = hpt_switch(batch.rewards, c.hpt_threshold)[:, None]  # (B, 1)
+    A = torch.where(fails, 0.0, grpo_advantages(batch.rewards))
+    n = denominator(batch.completions, c.aggregate)
+    for part in trainer.scored(batch, sums):
+        L_grpo = preference_loss(c, part, A, n)
+        gradient.add(L_grpo, preference=L_grpo)
+    # The token mean over the imitated experts, weighted by their share of the prompts: all is SFT, none is GRPO.
+    share, tokens = fails.float().mean(), completion_mask([[y] for y in batch.experts]).to(fails.device)
+    n = (tokens & fails[..., None]).sum().clamp(min=1) / share.clamp(min=1e-9)
+    for part in trainer.scored_experts(records):
+        sums.add("logp/expert", part.logps, part.mask)
+        L_sft = sft_loss(part.logps, part.mask & fails[part.groups][..., None], denominator=n)
+        gradient.add(L_sft, imitation=L_sft)
+    return metrics | {"stage": 1, "hpt/imitated": float(share)} | finish(trainer, records, gradient, sums)
+
+
+NEIGHBOURS = {"ptx": ptx_update, "luffy": luffy_update, "hpt": hpt_update}
+
+
+def step(trainer: Trainer, records: list) -> dict:
+    """The variant's step."""
+    return NEIGHBOURS.get(trainer.config.variant, update)(trainer, records)
 
 
 METRICS = {
@@ -478,7 +569,7 @@ PANELS = [
     ("Weight of imitation", "-", ["mu"]),
 ]
 NEXT = "--variant sft-a-grpo (staged), --lambda-adv 0 (no anchor), --discriminator cotrained, --seed 1, or a chat model with --model DIR"
-UNIAPL = Method("uniapl", UniAPLConfig, update, METRICS, PANELS, setup, next=NEXT)
+UNIAPL = Method("uniapl", UniAPLConfig, step, METRICS, PANELS, setup, next=NEXT)
 
 
 def command_line(argv):

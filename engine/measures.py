@@ -23,7 +23,7 @@ def accuracy(better, worse):
 
 def ras(rewards, reference_rewards):
     """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the answer is
-    rewarded above its reference, as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is "win".
+    rewarded above the expert answer y (the paper's y_ref), as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is "win".
 
     Two equally long sequences or tensors; ValueError on other lengths, none at all, or NaN.
     """
@@ -149,14 +149,14 @@ def report_pairs(name, m):
     return text + f"rejected {m['rejected_mean']:.2f}, {m['rejected_std']:.2f}"
 
 
-def against_references(rewards, references):
-    """rewards and references' rewards, before and after, as (before, after) -> lines of a report: mean, RAS, NAG, with intervals over prompts."""
+def against_experts(rewards, experts):
+    """rewards and the expert answers' rewards, before and after, as (before, after) -> lines of a report: mean, RAS, NAG, with intervals over prompts."""
     lines = []
-    for word, r, y in zip(("before", "after"), rewards, references):
+    for word, r, y in zip(("before", "after"), rewards, experts):
         shares, (low, high) = ras(r, y), bootstrap_interval(np.greater(r, y))
         q = np.quantile(r, [0.25, 0.5, 0.75])
         lines.append(
-            f"{word:<8}reward {np.mean(r):.3f} (deviation {np.std(r):.3f}, quartiles {q[0]:.3f} {q[1]:.3f} {q[2]:.3f}), reference {np.mean(y):.3f}; "
+            f"{word:<8}reward {np.mean(r):.3f} (deviation {np.std(r):.3f}, quartiles {q[0]:.3f} {q[1]:.3f} {q[2]:.3f}), expert {np.mean(y):.3f}; "
             f"RAS {shares['win']:.3f} [{low:.3f}, {high:.3f}] / {shares['tie']:.3f} / {shares['loss']:.3f}"
         )
     gain, (low, high) = (
@@ -171,22 +171,20 @@ def against_references(rewards, references):
 
 def summary(samples):
     """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval of its wins, length."""
-    rewards, references = (
-        np.array([s[k] for s in samples], dtype=float) for k in ("reward", "reference_reward")
-    )
+    rewards, experts = (np.array([s[k] for s in samples], dtype=float) for k in ("reward", "expert_reward"))
     low, high = bootstrap_interval(rewards)
     q25, median, q75 = np.quantile(rewards, [0.25, 0.5, 0.75]).tolist()
     return {
         "reward": float(rewards.mean()),
         "low": low,
         "high": high,
-        "reference": float(references.mean()),
+        "expert": float(experts.mean()),
         "std": float(rewards.std()),
         "q25": q25,
         "median": median,
         "q75": q75,
-        "ras": ras(rewards, references),
-        "ras_interval": bootstrap_interval(rewards > references),
+        "ras": ras(rewards, experts),
+        "ras_interval": bootstrap_interval(rewards > experts),
         "tokens": sum(s["tokens"] for s in samples) / len(samples),
         "truncated": sum(s["truncated"] for s in samples) / len(samples),
     }
@@ -205,7 +203,7 @@ def report(before, after):
         ),
         ("  deviation", *(f"{s['std']:.3f}" for s in (b, a))),
         ("  quartiles", *(f"{s['q25']:.3f} / {s['median']:.3f} / {s['q75']:.3f}" for s in (b, a))),
-        ("reference answers' reward", *(f"{s['reference']:.3f}" for s in (b, a))),
+        ("expert answers' reward", *(f"{s['expert']:.3f}" for s in (b, a))),
         ("RAS win / tie / loss", *("{win:.3f} / {tie:.3f} / {loss:.3f}".format(**s["ras"]) for s in (b, a))),
         ("  wins, 95 % interval", *("[{:.3f}, {:.3f}]".format(*s["ras_interval"]) for s in (b, a))),
         ("NAG wins - losses (wins alone)", "", f"{gain['signed']:+.3f} ({gain['indicator']:.3f})"),
@@ -215,20 +213,18 @@ def report(before, after):
     text = "\n".join(f"{name:<32}{x:>24}{y:>24}" for name, x, y in rows) + "\n"
     types = sorted({c["type"] for s in after for c in s.get("constraints", [])})
     if types:
-        text += (
-            f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'reference':>14}{'n':>6}\n"
-        )
+        text += f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'expert':>14}{'n':>6}\n"
     for kind in types:
         met = [
             constraint_share(samples, key, kind)
-            for samples, key in ((before, "completion"), (after, "completion"), (after, "reference"))
+            for samples, key in ((before, "completion"), (after, "completion"), (after, "expert"))
         ]
         text += f"  {kind:<30}{met[0][0]:>24.2f}{met[1][0]:>24.2f}{met[2][0]:>14.2f}{met[0][1]:>6}\n"
     for i in range(min(4, len(after))):
         prompt = (
             after[i]["prompt"] if isinstance(after[i]["prompt"], str) else after[i]["prompt"][-1]["content"]
         )
-        text += f"\nprompt     {shown(prompt)}\nreference  {shown(after[i]['reference'])}  ({after[i]['reference_reward']:.3g})\n"
+        text += f"\nprompt     {shown(prompt)}\nexpert     {shown(after[i]['expert'])}  ({after[i]['expert_reward']:.3g})\n"
         for name, s in (("before", before[i]), ("after", after[i])):
             text += f"{name:<10} {shown(s['completion'])}  ({s['reward']:.3g})\n"
     return text

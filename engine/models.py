@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from data import UserError
+from data.errors import UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TINY = Path(__file__).parents[1] / "data" / "tiny"
@@ -158,7 +158,3 @@ def quiet():
             yield
     finally:
         logging.disable(before)
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -19,7 +19,9 @@ import safetensors.torch
 import torch
 
 from data import UserError
+from engine.metrics import renamed
 from engine.models import first_line, whole_directory
+from engine.settings import RENAMED_SETTINGS
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # The run folder: config.json, metrics.jsonl, samples.jsonl, checkpoint.safetensors, adapter/, curves.png
@@ -44,7 +46,8 @@ def cannot_write(path, error):
 
 
 def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a log, by today's names."""
+    return [renamed(json.loads(line)) for line in path.read_text().splitlines()]
 
 
 class RunFolder:
@@ -109,7 +112,7 @@ class RunFolder:
             ) from error
         if name != method.name:
             raise UserError(f"--resume: {self.path} is a run of {name}, not of {method.name}")
-        return settings
+        return {RENAMED_SETTINGS.get(key, key): value for key, value in settings.items()}
 
     def log(self, metrics):
         """Append one line; if the disk cannot take it whole, none of it stays."""

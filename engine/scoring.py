@@ -269,6 +269,6 @@ class Scored:
         return self.logps.sum(-1) / self.mask.sum(-1)
 
     def samples(self):
-        """Without the last completion of every group, where that is the reference answer."""
+        """Without the last completion of every group, where that is the expert answer."""
         longest = int(self.mask[:, :-1].sum(-1).max())
         return Scored(*(x[:, :-1, :longest] for x in (self.logps, self.mask, self.entropy)))

@@ -1,27 +1,25 @@
-"""Settings and metrics: every flag and every logged number is defined here, once, with its unit.
+"""Settings: every flag is defined here, once, with its unit.
 
-A method's own settings are a dataclass derived from `Config`; the command line is made from its fields. What a method logs beyond
-METRICS it defines in its `Method.metrics`. To change a default, look at the field, or at PRESETS where it depends on the model.
+A method's own settings are a dataclass derived from `Config`; the command line is made from its fields. To
+change a default, look at the field, or at PRESETS where it depends on the model. Like engine/command_line.py
+this does not import torch.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 
-import torch
+from data.errors import UserError
 
-from data import UserError
-
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
 
 
 def setting(default, help, low=None, high=None, choices=None, above=None):
-    """A field of a Config: its default, its help text with the unit, and its legal range (low <= x <= high, x > above)."""
+    """A field of a Config: default, help text with the unit, legal range (low <= x <= high, x > above)."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices, above=above))
 
 
-# What a setting left at None becomes: by the model, because a model of 1.3 M parameters and a chat model differ in everything.
+# What a setting left at None becomes, by the model: 1.3 M parameters and a chat model differ in everything.
 PRESETS = {
     "tiny": dict(
         quantize="nf4",
@@ -46,6 +44,10 @@ PRESETS = {
 }
 
 
+# Former spelling -> today's: the flags go on working, and runs that were started with them can be resumed.
+RENAMED_SETTINGS = {"max_reference_tokens": "max_expert_tokens"}
+
+
 @dataclass
 class Config:
     presets = {}  # what a method changes in PRESETS: {"tiny": {...}, "chat": {...}}
@@ -60,7 +62,9 @@ class Config:
     data: str = setting("tasks", "tasks (built in), hh-helpful, hh-harmless, or FILE.jsonl[.gz]")
     reward: str = setting(
         "verifier",
-        "verifier; a reward model, DIR or hub name; pairwise:DIR, its sign of score(o) - score(chosen); judge:MODEL, a chat model that compares them; or FILE.py:FUNCTION with TRL's signature f(prompts, completions, **columns)",
+        "verifier; a reward model, DIR or hub name; pairwise:DIR, its sign of score(o) - score(chosen); "
+        "judge:MODEL, a chat model that compares them; "
+        "or FILE.py:FUNCTION with TRL's signature f(prompts, completions, **columns)",
     )
     tie_band: float = setting(
         0.0, "with --reward pairwise:, score differences up to this are a tie", low=0, high=1e6
@@ -105,8 +109,8 @@ class Config:
     max_prompt_tokens: int = setting(
         0, "leave out records with a longer prompt, tokens (0: no limit)", low=0, high=10**6
     )
-    max_reference_tokens: int = setting(
-        0, "leave out records with a longer reference answer, tokens (0: no limit)", low=0, high=10**6
+    max_expert_tokens: int = setting(
+        0, "leave out records with a longer expert answer, tokens (0: no limit)", low=0, high=10**6
     )
     eval_every: int = setting(
         None, "steps between evaluations on held-out prompts and between checkpoints", low=1, high=10**6
@@ -124,44 +128,84 @@ class Config:
     overwrite: bool = setting(False, "replace the run in --out")
 
 
-def check_settings(config):
-    """UserError for the first value outside its range; fills None from PRESETS. Returns the config."""
-    if config.model == "auto":
-        config.model = (
-            "Qwen/Qwen3-0.6B" if torch.cuda.is_available() and not config.device.startswith("cpu") else "tiny"
-        )
-    level = "tiny" if config.model == "tiny" else "chat"
-    preset = PRESETS[level] | config.presets.get(level, {})
+def check_ranges(config):
+    """UserError for the first value outside its range; None is in every range. Returns the config."""
     for f in dataclasses.fields(config):
         value, flag, rule = getattr(config, f.name), "--" + f.name.replace("_", "-"), f.metadata
         if value is None:
-            value = preset.get(f.name)
-            setattr(config, f.name, value)
-        if value is None:
             continue
-        number = isinstance(value, (int, float))
         if rule["choices"] and value not in rule["choices"]:
             raise UserError(f"{flag} {value}: choose one of {', '.join(map(str, rule['choices']))}")
-        too_low = number and (
-            math.isnan(value)
-            or (rule["low"] is not None and value < rule["low"])
-            or (rule["above"] is not None and value <= rule["above"])
-        )
-        if too_low or (number and rule["high"] is not None and value > rule["high"]):
+        if isinstance(value, (int, float)) and not in_range(value, **rule):
             bound = f"above {rule['above']}" if rule["above"] is not None else f"at least {rule['low']}"
             raise UserError(f"{flag} {value}: must be {bound} and at most {rule['high']}")
-    gpu = torch.cuda.is_available() if config.device == "auto" else config.device.startswith("cuda")
+    return config
+
+
+def in_range(value, low, high, above, **rule):
+    """low <= value <= high, value > above, where they are set; NaN is in no range."""
+    if low is not None and not value >= low:
+        return False
+    if above is not None and not value > above:
+        return False
+    return high is None or value <= high
+
+
+def check_settings(config):
+    """Fill in what depends on the machine and on the model. Returns the config; UserError as check_ranges."""
+    import torch  # here, because --help and mistyped flags are answered without it
+
+    check_ranges(config)
+    gpu = torch.cuda.is_available() and not config.device.startswith("cpu")
+    if config.model == "auto":
+        config.model = "Qwen/Qwen3-0.6B" if gpu else "tiny"
+    level = "tiny" if config.model == "tiny" else "chat"
+    for name, value in (PRESETS[level] | config.presets.get(level, {})).items():
+        if getattr(config, name, "") is None:
+            setattr(config, name, value)
     if getattr(config, "quantize", "") is None:
         config.quantize = "nf4" if gpu else "none"
     if getattr(config, "gradient_checkpointing", None) == "auto":
         config.gradient_checkpointing = "on" if gpu and config.model != "tiny" else "off"
-    return config
+    return check_ranges(config)
 
 
 def same(name):
     """The field `name` of Config, for another command's dataclass."""
     f = Config.__dataclass_fields__[name]
     return field(default=f.default, metadata=f.metadata)
+
+
+@dataclass
+class DiscriminatorConfig:
+    """python uniapl.py discriminator; here, because discriminator.py imports torch."""
+
+    presets = {"tiny": dict(lr=3e-3, pairs=1024, epochs=4), "chat": dict(lr=3e-4, pairs=256, epochs=1)}
+
+    model: str = same("model")
+    quantize: str = same("quantize")
+    data: str = setting(
+        "tasks",
+        "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it",
+    )
+    from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
+    pairs: int = setting(
+        None, "prompts to learn from, a tenth of them for early stopping", low=10, high=10**6
+    )
+    test_pairs: int = setting(256, "held-out prompts to test on", low=2, high=10**5)
+    epochs: int = setting(None, "passes over the pairs", low=1, high=1000)
+    lr: float = setting(None, "learning rate of AdamW", above=0, high=1)
+    max_new_tokens: int = same("max_new_tokens")
+    temperature: float = same("temperature")
+    lora_rank: int = same("lora_rank")
+    lora_alpha: int = same("lora_alpha")
+    micro_batch_tokens: int = same("micro_batch_tokens")
+    gradient_checkpointing: str = same("gradient_checkpointing")
+    seed: int = same("seed")
+    device: str = same("device")
+    dtype: str = same("dtype")
+    out: str = setting(None, "directory to write")
+    overwrite: bool = setting(False, "replace an earlier discriminator in --out")
 
 
 @dataclass(frozen=True)
@@ -173,8 +217,5 @@ class Method:
     panels: list  # of curves.png: (title, y label, [metric names])
     setup: callable = None  # setup(trainer), once, before the first step
     needs_rejected: bool = False
-    next: str = "another --lr or --seed, or a chat model with --model DIR"  # what to try after a run, printed at its end
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# Metrics: every logged number, defined once
+    # What to try after a run, printed at its end.
+    next: str = "another --lr or --seed, or a chat model with --model DIR"

@@ -24,7 +24,7 @@ SECTIONS = {
     "comparison": (
         "Comparison (the paper's tables 1 and 2)",
         "whether GRAO's interval clears the others', and what it pays in KL and length; "
-        "dotted: the references",
+        "dotted: the expert answers",
         figures_comparison.comparison,
         tables.comparison,
     ),
@@ -43,8 +43,8 @@ SECTIONS = {
     ),
     "components": (
         "Components (Fig. 4 and 5)",
-        "imitation while the references beat the samples, then exploration; "
-        "below 0 the references are pushed away",
+        "imitation while the expert answers beat the samples, then exploration; "
+        "below 0 the expert answers are pushed away",
         figures_parts.components,
         None,
     ),
@@ -55,8 +55,8 @@ SECTIONS = {
         None,
     ),
     "quality": (
-        "Imperfect references",
-        "where a method's line crosses GRPO's, and whether SFT stays below the references it imitates",
+        "Imperfect expert answers",
+        "where a method's line crosses GRPO's, and whether SFT stays below the expert answers it imitates",
         figures_parts.quality,
         tables_parts.quality,
     ),

@@ -25,8 +25,8 @@ def comparison(logs):
     for axis, (measure, text) in zip(axes, panels.items()):
         dots(axis, logs, names, measure, percent="%" in text, texts=axis is axes[0])
         axis.set_xlabel(text)
-    references = next(iter(logs[names[0]].values())).after["reference_reward"].mean()
-    axes[2].axvline(references, color=COLOURS["base"], linestyle=":", linewidth=1)
+    experts = next(iter(logs[names[0]].values())).after["expert_reward"].mean()
+    axes[2].axvline(experts, color=COLOURS["base"], linestyle=":", linewidth=1)
     return figure
 
 
@@ -62,8 +62,8 @@ def distributions(logs):
     need(logs, *names)
     figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.2))
     draw_lengths(left, logs, names)
-    base = np.concatenate([log.before["logp_reference"] for log in logs["sft"].values()])
-    scores = {"base": base} | {name: study.matrix(logs, name, "logp_reference").ravel() for name in names}
+    base = np.concatenate([log.before["logp_expert"] for log in logs["sft"].values()])
+    scores = {"base": base} | {name: study.matrix(logs, name, "logp_expert").ravel() for name in names}
     for name, values in scores.items():
         shares = np.linspace(0, 1, len(values))
         right.plot(np.sort(values), shares, color=colour(name), label=label(name))
@@ -77,7 +77,7 @@ def distributions(logs):
 
 def draw_lengths(axis, logs, names):
     """Histograms of answers' lengths, the expert's dotted; the longest 0.5 % are drawn in the last bar."""
-    expert = study.matrix(logs, "sft", "reference_tokens").ravel()
+    expert = study.matrix(logs, "sft", "expert_tokens").ravel()
     lengths = {name: study.matrix(logs, name, "tokens").ravel() for name in names}
     top = np.quantile(np.concatenate([expert, *lengths.values()]), 0.995)
     bins = np.arange(0.5, top + 1.5) if top < 40 else np.linspace(0.5, top + 0.5, 40)

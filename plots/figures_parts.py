@@ -1,4 +1,4 @@
-"""The figures of the suite's other parts: GRAO's terms and its two weights, imperfect references, UniAPL."""
+"""The figures of the suite's other parts: GRAO's terms and weights, imperfect expert answers, UniAPL."""
 
 import numpy as np
 
@@ -57,13 +57,13 @@ def components(logs):
     for term, (grey, style) in looks.items():
         steps, rows = curves(logs, "grao", f"share/{term}")
         band(middle, steps, rows, "grao", term.replace("z", "s"), window=5, color=grey, linestyle=style)
-    steps, rows = curves(logs, "grao", "advantage/reference")
+    steps, rows = curves(logs, "grao", "advantage/expert")
     band(right, steps, rows, "grao", "", window=5)
     right.axhline(0, color="#999999", linewidth=0.8)
     left.set(title="Total loss (Fig. 4)", xlabel="step", ylabel="nats")
     middle.set(title="Share of |term| (Fig. 5)", xlabel="step", ylim=(0, None))
     middle.legend(fontsize=8)
-    right.set(title="Advantage of the reference", xlabel="step")
+    right.set(title="Advantage of the expert answer", xlabel="step")
     return figure
 
 
@@ -111,17 +111,17 @@ def draw_heat_map(axis, grid, betas, lambdas):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Imperfect references
+# Imperfect expert answers
 
 
 def quality(logs):
-    """Final reward over the share of right references; GRPO, which does not read them, is a line."""
+    """Final reward over the share of right expert answers; GRPO, which does not read them, is a line."""
     need(logs, "grpo-quality1")
     lines = {}
     for method in suites.IMITATORS:
         lines[method] = [share for share in suites.SHARES if f"{method}-quality{share:g}" in logs]
     if not any(lines.values()):
-        raise Absent("methods on references of graded quality")
+        raise Absent("methods on expert answers of graded quality")
     figure, axis = plt.subplots(figsize=(WIDTH, 3.8))
     for i, (method, shares) in enumerate(lines.items()):
         if shares:
@@ -130,21 +130,21 @@ def quality(logs):
             style = dict(fmt="o-", color=colour(method), markersize=5, label=label(method))
             axis.errorbar(x, mean, bars, **style)
     draw_levels(axis, logs)
-    axis.set(xlabel="share of right references", ylabel="mean reward, held out")
+    axis.set(xlabel="share of right expert answers", ylabel="mean reward, held out")
     figure.legend(loc="outside right center", fontsize=8)
     return figure
 
 
 def draw_levels(axis, logs):
-    """GRPO, the references themselves, and the policy before training, over all shares."""
+    """GRPO, the expert answers themselves, and the policy before training, over all shares."""
     runs = logs["grpo-quality1"]
     mean, low, high = two_level_interval(study.matrix(logs, "grpo-quality1", "reward"))
     ends = [min(suites.SHARES), 1.0]
     axis.fill_between(ends, [low] * 2, [high] * 2, color=colour("grpo"), alpha=0.15, linewidth=0)
     axis.plot(ends, [mean] * 2, color=colour("grpo"), label="GRPO, which does not read them")
     settings = next(iter(runs.values())).settings
-    if settings.get("reward", "verifier") == "verifier":  # whose mean over references is that share
-        axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the references themselves")
+    if settings.get("reward", "verifier") == "verifier":  # whose mean over expert answers is that share
+        axis.plot(ends, ends, color=COLOURS["base"], linestyle=":", label="the expert answers themselves")
     before = np.mean([run.before["reward"].mean() for run in runs.values()])
     axis.axhline(before, color=COLOURS["base"], linewidth=0.8, label="before training")
 

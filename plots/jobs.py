@@ -135,15 +135,15 @@ def stop_without_runner():
 
 def score_samples(path, model):
     """Add to every line of samples.jsonl what another reward model gives: judge_reward of the answer,
-    judge_reference_reward of the reference.
+    judge_expert_reward of the expert's.
 
     Its raw scores: the penalty for a cut answer belongs to training, and would decide most comparisons by
     itself.
     """
     lines, judge = read_jsonl(path), ModelReward(load_scorer(model), model)
     prompts = [line["prompt"] for line in lines]
-    scored = (judge(prompts, [line[kind] for line in lines]) for kind in ("completion", "reference"))
-    lines = [line | {"judge_reward": a, "judge_reference_reward": b} for line, a, b in zip(lines, *scored)]
+    scored = (judge(prompts, [line[kind] for line in lines]) for kind in ("completion", "expert"))
+    lines = [line | {"judge_reward": a, "judge_expert_reward": b} for line, a, b in zip(lines, *scored)]
     write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     return lines
 

@@ -6,7 +6,7 @@
 samples.jsonl holds a line for each of the two evaluations, a column for each measure, in the order of the
 held-out prompts, which is the same in every run on the same data:
 
-    {"step": 60, "reward": [1.0, 0.0, ...], ..., "texts": [{"prompt", "reference", "completion"}, ...]}
+    {"step": 60, "reward": [1.0, 0.0, ...], ..., "texts": [{"prompt", "expert", "completion"}, ...]}
 
 While a study runs, plots.compare keeps each run as a folder, which is there whole or not at all. What is
 published in plots/logs is one file a study, study-tiny.jsonl.gz, with its figures in study-tiny/figures:
@@ -35,29 +35,29 @@ import numpy as np
 
 from data import UserError
 from data.loaders import HUB_FOLDERS, download, read_records
-from engine import metrics as engine_metrics
 from engine.command_line import exit_status
+from engine.metrics import renamed
 from engine.models import first_line, whole_directory
 from engine.record import read_jsonl, write_whole
 from plots import flags
 
-RENAMED = getattr(engine_metrics, "RENAMED", {})  # {a metric's name in old logs: its name today}
 TEXTS = 8  # held-out answers kept as text
 COLUMNS = (
     "reward",
-    "reference_reward",
+    "expert_reward",
+    "floor_reward",
     "tokens",
-    "reference_tokens",
+    "expert_tokens",
     "truncated",
     "kl",
-    "logp_reference",
+    "logp_expert",
     "judge_reward",
-    "judge_reference_reward",
+    "judge_expert_reward",
 )
 METRICS = (  # what the figures draw over steps
     "step",
     "reward/mean",
-    "reward/reference",
+    "reward/expert",
     "groups/no_signal",
     "length/mean",
     "kl/k1",
@@ -73,8 +73,8 @@ METRICS = (  # what the figures draw over steps
     "objective/exploration",
     "objective/imitation",
     "objective/regularizer",
-    "advantage/reference",
-    "logp/reference",
+    "advantage/expert",
+    "logp/expert",
     "gradient/imitation",
     "gradient/preference",
     "gradient/adversarial",
@@ -85,9 +85,9 @@ METRICS = (  # what the figures draw over steps
     "distinct/2",
     "stage",
     "eval/reward",
-    "eval/reference",
+    "eval/expert",
     "eval/kl",
-    "eval/logp_reference",
+    "eval/logp_expert",
 )
 
 
@@ -124,7 +124,7 @@ def columns(step, samples):
             line[name] = [short(float(sample[name])) for sample in samples]
     texts = []
     for sample in samples[:TEXTS]:
-        texts.append({name: sample[name] for name in ("prompt", "reference", "completion")})
+        texts.append({name: sample[name] for name in ("prompt", "expert", "completion")})
     return line | {"texts": texts}
 
 
@@ -299,18 +299,11 @@ def load(path):
 
 
 def as_log(files):
-    """One folder's files -> Log.
-
-    Here, and nowhere else, an old log's metrics get the names they have today.
-    """
-    config, samples = files["config.json"], files["samples.jsonl"]
-    metrics = [renamed(line) for line in files["metrics.jsonl"]]
+    """One folder's files -> Log. Here, and nowhere else, old logs get the names of today."""
+    config, samples = files["config.json"], renamed(files["samples.jsonl"])
     before, after = arrays(samples[0]), arrays(samples[-1])
-    return Log(config["study"]["name"], config["study"]["seed"], config, metrics, before, after)
-
-
-def renamed(line):
-    return {RENAMED.get(name, name): value for name, value in line.items()}
+    name, seed = config["study"]["name"], config["study"]["seed"]
+    return Log(name, seed, config, renamed(files["metrics.jsonl"]), before, after)
 
 
 def arrays(line):
@@ -344,9 +337,9 @@ def common_seeds(logs, names):
 def matrix(logs, name, measure, seeds=None):
     """A measure of a method's answers after training -> (S, P), rows by seed.
 
-    measure: "reward", "ras" (1 where it beats the reference's reward), "nag" (sign against the policy before
-    training), "kl", "tokens", or another column. Where a judge scored the run, "ras", "nag" and "judged" are
-    by the judge, "reward" by what trained it. UserError where runs answer other prompts.
+    measure: "reward", "ras" (1 where it beats the expert answer's reward), "nag" (sign against the policy
+    before training), "kl", "tokens", or another column. Where a judge scored the run, "ras", "nag" and
+    "judged" are by the judge, "reward" by what trained it. UserError where runs answer other prompts.
     """
     rows = []
     for seed in logs[name] if seeds is None else seeds:
@@ -363,7 +356,7 @@ def measured(log, measure):
     before, after = log.before, log.after
     judged = "judge_" if "judge_reward" in after else ""
     if measure == "ras":
-        return (after[judged + "reward"] > after[judged + "reference_reward"]).astype(float)
+        return (after[judged + "reward"] > after[judged + "expert_reward"]).astype(float)
     if measure == "nag":
         return np.sign(after[judged + "reward"] - before[judged + "reward"])
     return after[judged + "reward" if measure == "judged" else measure]

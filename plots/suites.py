@@ -60,13 +60,13 @@ ABLATIONS = {
 }
 BETAS, LAMBDAS = (0.0, 0.25, 0.5, 1.0), (0.0, 0.6, 1.2)
 SENSITIVITY = {f"grao-beta{b:g}-lam{m:g}": (b, m) for b in BETAS for m in LAMBDAS if (b, m) != (BETA, LAMBDA)}
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of right references
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of right expert answers
 IMITATORS = (
     "sft",
     "sft-grpo",
     "grao",
     "uniapl",
-)  # what the references' quality reaches; GRPO does not look at them
+)  # what the expert answers' quality reaches; GRPO does not look at them
 QUALITY = {f"{m}-quality{share:g}": (m, share) for m in IMITATORS for share in SHARES} | {
     "grpo-quality1": ("grpo", 1.0)
 }
@@ -120,7 +120,8 @@ class Suite:
     flags: str  # of every run
     seeds: dict  # part -> seeds
     rates: str  # learning rates that a sweep tries, the same for every method
-    # Of the built-in tasks whose references are graded; None: shares of the data's pairs the right way round.
+    # Of the built-in tasks whose expert answers are graded; None: shares of the data's pairs the right way
+    # round.
     level: str = "chat"
     records: int = 3000  # in each graded file
     extra: dict = None  # name -> seeds, of runs beside those of PARTS["comparison"]
@@ -154,7 +155,7 @@ SUITES = {
     "hh": Suite(
         "--model {model} --data {data} --reward {reward} --steps 40 --prompts-per-step 4 --group-size 8 "
         "--max-new-tokens 64 --max-prompt-tokens 256 "
-        "--max-reference-tokens 128 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
+        "--max-expert-tokens 128 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
         dict(comparison=1, ablations=1, sensitivity=1, quality=1, uniapl=1),
         "1e-4 3e-4 1e-3",
         level=None,

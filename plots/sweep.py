@@ -38,7 +38,7 @@ METHODS = baselines.METHODS | {"grao": minigrao.GRAO, "uniapl": uniapl.UNIAPL}
 def train_reward(method, given, lr, folder):
     """One short run at `lr`, then the policy's rewards on its training prompts.
 
-    -> {"lr", "prompts", "reward", "low", "high", "reference", "tokens"}
+    -> {"lr", "prompts", "reward", "low", "high", "expert", "tokens"}
     """
     path = train.run(method, given | {"lr": lr, "out": str(folder)})
     if path is None:
@@ -54,7 +54,7 @@ def final_reward(method, given, path):
     trainer.held_out = trainer.records[:MOST]
     measured = summary(trainer.evaluate())
     row = {"lr": given["lr"], "prompts": len(trainer.held_out)}
-    return row | {name: measured[name] for name in ("reward", "low", "high", "reference", "tokens")}
+    return row | {name: measured[name] for name in ("reward", "low", "high", "expert", "tokens")}
 
 
 def last_rewards(settings, lines, last):

@@ -8,7 +8,17 @@ import numpy as np
 from plots import suites
 from plots.statistics import compare_paired, holm, reach_ratio
 from plots.study import common_seeds, matrix
-from plots.words import LABELS, difference, interval, label, markdown, missing_note, present, quoted
+from plots.words import (
+    LABELS,
+    difference,
+    floor_note,
+    interval,
+    label,
+    markdown,
+    missing_note,
+    present,
+    quoted,
+)
 
 COMPARED = (*suites.COMPARED, "ppo-4")
 
@@ -80,12 +90,12 @@ def comparison(logs):
     text = markdown(header, rows) + missing_note(logs, suites.COMPARED)
     text += "\nMean and 95 % interval, seeds and held-out prompts redrawn. "
     text += "NAG is wins minus losses against the policy before training. "
-    text += f"Mean reward of the references: {first.after['reference_reward'].mean():.3f}."
+    text += f"Mean reward of the expert answers: {first.after['expert_reward'].mean():.3f}."
     if judged:
         text += " RAS and NAG are by the second reward model, which no run was trained with: "
         text += "its raw scores, without the mean reward's penalty for a cut answer."
     tests = paired(logs, names, "judged" if judged else "reward")
-    return text + "\n\n" + tests + "\n" + paper(logs, names)
+    return text + "\n" + floor_note(logs, names) + "\n" + tests + "\n" + paper(logs, names)
 
 
 def before_training(runs, judged):
@@ -95,7 +105,7 @@ def before_training(runs, judged):
         return np.array([log.before[name] for log in runs.values()])
 
     prefix = "judge_" if judged else ""
-    wins = column(prefix + "reward") > column(prefix + "reference_reward")
+    wins = column(prefix + "reward") > column(prefix + "expert_reward")
     row = [LABELS["base"], len(runs), interval(wins, percent=True), "", interval(column("reward"))]
     if judged:
         row.append(interval(column("judge_reward")))
@@ -153,7 +163,7 @@ def paper(logs, names):
             row += ["{:.2f} / {:.2f}".format(*cell) for cell in table.get(name, ())]
         rows.append(row + ["–"] * (len(header) - len(row)))
     return markdown(header, rows) + (
-        "\nThe paper: HH-RLHF, a judge (DeepSeek-V3) that compares with the reference; other models, "
+        "\nThe paper: HH-RLHF, a judge (DeepSeek-V3) that compares with y_ref; other models, "
         "data and reward than ours.\n"
     )
 
@@ -215,7 +225,7 @@ def samples(logs, count=6):
     for i, before in enumerate(first.before["texts"][:count]):
         prompt = before["prompt"] if isinstance(before["prompt"], str) else before["prompt"][-1]["content"]
         rows = [
-            ["reference", f"{quoted(before['reference'])} ({first.after['reference_reward'][i]:g})"],
+            ["expert", f"{quoted(before['expert'])} ({first.after['expert_reward'][i]:g})"],
             ["before training", f"{quoted(before['completion'])} ({first.before['reward'][i]:g})"],
         ]
         rows += [[label(name), answer(logs[name][seed].after, i, before["prompt"])] for name in names]

@@ -1,11 +1,11 @@
-"""The tables of the suite's other parts: ablations, imperfect references, UniAPL, its anchor."""
+"""The tables of the suite's other parts: ablations, imperfect expert answers, UniAPL, its anchor."""
 
 import numpy as np
 
 from plots import suites
 from plots.statistics import compare_paired
 from plots.study import common_seeds, matrix
-from plots.words import difference, interval, label, markdown, missing_note, present
+from plots.words import difference, floor_note, interval, label, markdown, missing_note, present
 
 # arXiv 2508.07750, table 3: NAG in percent on helpful-base, of Qwen2.5-7B and Moonlight-16B.
 PAPER_ABLATIONS = {
@@ -37,7 +37,11 @@ def plain(logs, names, extra=()):
         row.append(f"{np.mean([log.tokens()[1][-1] for log in runs]):,.0f}")
         row.append(f"{np.median([log.seconds()[1][-1] for log in runs]):.0f}")
         rows.append([*row, *(column(name) for _, column in extra)])
-    return markdown([*header, *(title for title, _ in extra)], rows) + missing_note(logs, names)
+    return (
+        markdown([*header, *(title for title, _ in extra)], rows)
+        + missing_note(logs, names)
+        + floor_note(logs, names)
+    )
 
 
 def ablations(logs):
@@ -70,7 +74,7 @@ def largest_gap(logs, seeds):
 
 
 def quality(logs):
-    """A row for every method, a column for every share of right references."""
+    """A row for every method, a column for every share of right expert answers."""
     rows = []
     for method in suites.IMITATORS:
         names = [f"{method}-quality{share:g}" for share in suites.SHARES]
@@ -80,12 +84,12 @@ def quality(logs):
     if "grpo-quality1" in logs:
         cells = [interval(matrix(logs, "grpo-quality1", "reward"))] * len(suites.SHARES)
         rows.append([label("grpo") + " (does not read them)", *cells])
-    header = ["mean reward, by share of right references", *(f"{share:.0%}" for share in suites.SHARES)]
-    return markdown(header, rows) + crossings(logs)
+    header = ["mean reward, by share of right expert answers", *(f"{share:.0%}" for share in suites.SHARES)]
+    return markdown(header, rows) + crossings(logs) + floor_note(logs, sorted(logs))
 
 
 def crossings(logs):
-    """The shares of right references at which each method's line crosses GRPO's."""
+    """The shares of right expert answers at which each method's line crosses GRPO's."""
     if "grpo-quality1" not in logs:
         return ""
     text = ""
@@ -97,7 +101,7 @@ def crossings(logs):
 
 
 def gaps_to_grpo(logs, method):
-    """[(share of right references, mean reward minus GRPO's)], over the seeds that both have."""
+    """[(share of right expert answers, mean reward minus GRPO's)], over the seeds that both have."""
     gaps = []
     for share in suites.SHARES:
         name = f"{method}-quality{share:g}"
@@ -115,7 +119,7 @@ def side_of_grpo(gaps):
         if a * b < 0:
             crossed.append(f"{s + (t - s) * a / (a - b):.0%}")
     if crossed:
-        return f"crosses GRPO at {' and '.join(crossed)} of right references."
+        return f"crosses GRPO at {' and '.join(crossed)} of right expert answers."
     values = [gap for _, gap in gaps]
     side = "level somewhere, on one side of it elsewhere"
     if min(values) > 0:
@@ -136,7 +140,7 @@ def uniapl(logs):
         return difference(compare_paired(ours, theirs))
 
     def expert(name):
-        return interval(matrix(logs, name, "logp_reference"), 2)
+        return interval(matrix(logs, name, "logp_expert"), 2)
 
     names = suites.PARTS["uniapl"]
     extra = [("reward − GRPO's, same seeds", over_grpo), ("log p of the expert, nats/token", expert)]

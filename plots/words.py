@@ -82,3 +82,16 @@ def quoted(text, width=300):
     """A model's answer within a cell of a table."""
     text = " / ".join(text.split("\n")).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def floor_note(logs, names):
+    """What the best constant answer earns on the same prompts, which a reward is to be told from.
+
+    Logs of a reward without such answers have none (data/floor.py).
+    """
+    for name in present(logs, names):
+        after = next(iter(logs[name].values())).after
+        if "floor_reward" in after:
+            floor = after["floor_reward"].mean()
+            return f"\nNo-skill floor, the best of a few constant answers: {floor:.3f}.\n"
+    return ""

@@ -88,7 +88,7 @@ def test_the_reweighted_ablation_is_the_full_objective(quick):
     out, _ = quick
     full, other = (logged(out / name / "seed-0") for name in ("grao", "grao-equivalent"))
     assert [line["reward/mean"] for line in full[1:3]] == [line["reward/mean"] for line in other[1:3]]
-    assert full[2]["logp/reference"] == pytest.approx(other[2]["logp/reference"], abs=2e-3)
+    assert full[2]["logp/expert"] == pytest.approx(other[2]["logp/expert"], abs=2e-3)
     assert full[1]["loss"] == pytest.approx(1.6 * other[1]["loss"], rel=1e-3)
     without = logged(out / "grao-without-regularizer" / "seed-0")
     assert full[1]["loss"] != pytest.approx(without[1]["loss"], rel=1e-2)
@@ -222,7 +222,7 @@ def test_a_judge_scores_what_was_answered(load, tmp_path):
         dict(
             step=s,
             prompt="list 3 animals",
-            reference="cat dog",
+            expert="cat dog",
             completion=f"dog w{s}",
             truncated=s == 1,
             reward=0.5,
@@ -239,6 +239,6 @@ def test_a_judge_scores_what_was_answered(load, tmp_path):
     assert [line["judge_reward"] for line in scored] == pytest.approx(
         [a, b], abs=0.2
     )  # bf16; no penalty for being cut
-    assert [line["judge_reference_reward"] for line in scored] == pytest.approx([y, y], abs=0.2) and scored[
-        0
-    ]["reward"] == 0.5
+    assert [line["judge_expert_reward"] for line in scored] == pytest.approx([y, y], abs=0.2) and scored[0][
+        "reward"
+    ] == 0.5

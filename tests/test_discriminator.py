@@ -195,10 +195,10 @@ def test_judge_scores_samples_and_a_second_expert():
     t = trainer("a-grpo", "--discriminator", "polar")
     batch = t.rollout(t.next_records())
     D, metrics = discriminator.judge(t, "polar", batch)
-    plain = scores("polar", t.policy, batch.prompts, batch.references, batch.completions)
+    plain = scores("polar", t.policy, batch.prompts, batch.experts, batch.completions)
     torch.testing.assert_close(D, torch.tensor(plain), rtol=1e-3, atol=1e-4)
     seconds = [[t.policy.encode_answer(another_expert(r, t.config))] for r in batch.records]
-    expert = [row[0] for row in scores("polar", t.policy, batch.prompts, batch.references, seconds)]
+    expert = [row[0] for row in scores("polar", t.policy, batch.prompts, batch.experts, seconds)]
     wins = [(e > o) + 0.5 * (e == o) for e, row in zip(expert, plain) for o in row]
     assert metrics["score/expert"] == pytest.approx(sum(expert) / 3, abs=1e-4) and metrics[
         "score/accuracy"

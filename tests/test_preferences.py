@@ -154,11 +154,11 @@ def test_a_length_shortcut_is_visible():
 def test_report_has_intervals_and_quartiles():
     one = {
         "prompt": "p",
-        "reference": "r",
+        "expert": "r",
         "completion": "c",
         "tokens": 2,
         "truncated": False,
-        "reference_reward": 1.0,
+        "expert_reward": 1.0,
     }
     before, after = (
         [one | {"reward": float(r)} for r in rewards] for rewards in ([0] * 8, [2] * 6 + [-1] * 2)
@@ -173,4 +173,4 @@ def test_report_has_intervals_and_quartiles():
     )
     assert "1.250 / 2.000 / 2.000" in text and "1.299" in text  # sqrt(27/16)
     rewards = [[r["reward"] for r in part] for part in (before, after)]
-    assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in measures.against_references(rewards, [[1.0] * 8] * 2)[-1]
+    assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in measures.against_experts(rewards, [[1.0] * 8] * 2)[-1]

@@ -43,7 +43,7 @@ def write_run(folder, name, seed, reward, judged=False):
             if name.startswith("uniapl"):
                 line |= {"score/accuracy": 1 - step / 10}
             line |= {f"share/{term}": 1 / 3 for term in ("exploration", "imitation", "regularizer")} | {
-                "advantage/reference": 1 - step / 4
+                "advantage/expert": 1 - step / 4
             }
         if step % 2 == 0:
             line |= {"eval/reward": 0.1 + (reward - 0.1) * step / STEPS}
@@ -53,19 +53,15 @@ def write_run(folder, name, seed, reward, judged=False):
         for i in range(PROMPTS):
             paid = float(i < round(PROMPTS * (reward if step else 0.25)))
             sample = dict(
-                step=step, prompt=f"prompt {i} | x", reference=f"reference {i}", completion=f"{name} {step}"
+                step=step, prompt=f"prompt {i} | x", expert=f"expert {i}", completion=f"{name} {step}"
             )
             sample |= dict(
-                reward=paid,
-                reference_reward=float(i % 2),
-                tokens=5 + i % 3,
-                reference_tokens=6,
-                truncated=False,
+                reward=paid, expert_reward=float(i % 2), tokens=5 + i % 3, expert_tokens=6, truncated=False
             )
-            sample |= dict(kl=1 / 3 if step else 0.0, logp_reference=-float(rng.random()))
+            sample |= dict(kl=1 / 3 if step else 0.0, logp_expert=-float(rng.random()))
             samples.append(
                 sample
-                | ({"judge_reward": 2.0 if step else 0.0, "judge_reference_reward": 1.0} if judged else {})
+                | ({"judge_reward": 2.0 if step else 0.0, "judge_expert_reward": 1.0} if judged else {})
             )
     for file, content in (("metrics", lines), ("samples", samples)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
@@ -136,6 +132,16 @@ def test_measures_by_hand(whole):
     assert study.matrix(logs, "grao", "reward").shape == (2, PROMPTS)
 
 
+def test_the_no_skill_floor_stands_below_the_tables_that_have_one(whole):
+    """A constant answer earned what the table showed for a trained policy, and no table said so."""
+    logs = study.load(whole)
+    assert words.floor_note(logs, ["grao"]) == "" and "No-skill floor" not in tables.comparison(logs)
+    for name in ("grao", "sft", "grpo-quality1"):
+        logs[name][0].after["floor_reward"] = np.array([0.25] * PROMPTS)
+    for table in (tables.comparison, tables_parts.ablations, tables_parts.quality, tables_parts.uniapl):
+        assert "\nNo-skill floor, the best of a few constant answers: 0.250.\n" in table(logs)
+
+
 def test_a_judge_decides_ras_and_nag_and_not_the_reward(tmp_path):
     logs = study.load(write_logs(tmp_path, ["grao", "grpo"], judged=True))
     assert study.matrix(logs, "grao", "ras").mean() == study.matrix(logs, "grao", "nag").mean() == 1
@@ -185,13 +191,13 @@ def test_numbers_in_the_tables(whole):
         and tables_parts.crossings({}) == ""
     )
     cut = {name: logs[name] for name in ("grpo-quality1", "grao-quality0.25", "grao-quality1")}
-    assert "\nGRAO crosses GRPO at 62% of right references." in tables_parts.crossings(
+    assert "\nGRAO crosses GRPO at 62% of right expert answers." in tables_parts.crossings(
         cut
     )  # 0.25 below at 25 %, 0.25 above at 100 %
     cut["grpo-quality1"] = cut["grpo-quality1"] | {
         9: logs["grao-quality1"][0]
     }  # a seed of GRPO's alone is no part of that
-    assert "\nGRAO crosses GRPO at 62% of right references." in tables_parts.crossings(cut)
+    assert "\nGRAO crosses GRPO at 62% of right expert answers." in tables_parts.crossings(cut)
     row = next(line for line in tables_parts.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
     assert row == "| unified, λ = 3 | 2 | 0.900 → 0.400 | 1.000 → 1.000 | 0.500 → 0.500 | 5.000 → 5.000 |"
     assert "| CHORD (unified, λ = 0) | 2 | – |" in tables_parts.anchor(logs)
@@ -266,10 +272,12 @@ def test_a_line_break_within_an_answer_is_not_the_end_of_a_line(tmp_path):
     )
 
 
-def test_old_names_of_metrics_are_read_as_todays(whole, monkeypatch):
-    monkeypatch.setattr(study, "RENAMED", {"eval/reward": "eval/new"})
-    log = study.load(whole)["grao"][0]
-    assert log.curve("eval/new")[0].tolist() == [0, 2, 4, 6] and not len(log.curve("eval/reward")[0])
+def test_old_names_are_read_as_todays():
+    """Logs call y the reference: they stay as they are, and are read by the names of today."""
+    log = study.load(ROOT / "plots" / "logs" / "study-smollm2.jsonl.gz")["grao"][0]
+    assert len(log.curve("advantage/expert")[0]) == 40 and not len(log.curve("advantage/reference")[0])
+    assert log.after["expert_reward"].shape == log.after["logp_expert"].shape == (200,)
+    assert set(log.after["texts"][0]) == {"prompt", "expert", "completion"}
 
 
 @pytest.mark.parametrize(

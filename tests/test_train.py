@@ -82,7 +82,7 @@ def test_script_trains_shows_and_saves(finished):
         "RAS win / tie / loss",
         "NAG",
         "To try next",
-        "reference  ",
+        "expert     ",
         "before  ",
         "after  ",
         str(out),
@@ -109,7 +109,7 @@ def test_script_trains_shows_and_saves(finished):
     samples = read_jsonl(out / "samples.jsonl")
     assert [s["step"] for s in samples] == [0] * 8 + [4] * 8 and {
         "prompt",
-        "reference",
+        "expert",
         "completion",
         "reward",
     } <= set(samples[0])
@@ -191,13 +191,13 @@ def test_records_left_out_for_their_length_are_replaced(tmp_path):
     t = trainer(
         "--data",
         tmp_path / "data.jsonl",
-        "--max-reference-tokens",
+        "--max-expert-tokens",
         10,
         "--steps",
         2,
         reward_fn=lambda prompts, **columns: [0.0] * len(prompts),
     )
-    assert len(t.records) == 6 and all(len(r["reference_ids"]) <= 10 for r in t.records + t.held_out)
+    assert len(t.records) == 6 and all(len(r["expert_ids"]) <= 10 for r in t.records + t.held_out)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +208,9 @@ def test_learning_rate_schedule(kind, values):
 
 
 def test_report_by_hand():
-    one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False}
-    before = [one | {"reward": r, "reference_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
-    after = [one | {"reward": r, "reference_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
+    one = {"prompt": "p", "expert": "r", "completion": "c", "tokens": 2, "truncated": False}
+    before = [one | {"reward": r, "expert_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
+    after = [one | {"reward": r, "expert_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
     assert summary(after)["reward"] == 0.75 and summary(after)["ras"] == {
         "win": 0.25,
         "tie": 0.25,
@@ -362,7 +362,7 @@ def test_log_line_that_does_not_fit_leaves_no_half(tmp_path, monkeypatch):
 def test_from_adapter_starts_where_the_other_run_ended(finished):
     out, _ = finished
     t = trainer("--from-adapter", out / "adapter")
-    prompts, answers = [t.records[0]["prompt_ids"]], [[t.records[0]["reference_ids"]]]
+    prompts, answers = [t.records[0]["prompt_ids"]], [[t.records[0]["expert_ids"]]]
     with torch.no_grad():
         policy, reference = (
             t.policy.token_logps(prompts, answers, role=role).logps for role in ("policy", "reference")

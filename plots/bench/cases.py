@@ -31,7 +31,7 @@ def make_case(method, model, prompts, group, tokens, **changes):
     """One case: token ids drawn at random, and the settings that both sides follow."""
     generator = torch.Generator().manual_seed(0)
     case = {
-        "reference_ids": random_ids(model, prompts, tokens, generator),
+        "expert_ids": random_ids(model, prompts, tokens, generator),
         "rejected_ids": random_ids(model, prompts, tokens, generator),
         "prompts": random_ids(model, prompts, PROMPT, generator),
     }

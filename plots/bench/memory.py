@@ -85,7 +85,7 @@ def kept_per_token(policy, tokens=256, rows=8):
 def gpu_bytes(group, tokens, kept, prompt=64, trained=1, frozen=1, rank=16, shape=QWEN3):
     """Bytes of one step on a GPU, weights in NF4: {"rollout": {item: bytes}, "training": {...}}.
 
-    group samples and a reference answer as long as they; kept: bytes of activations per token in one layer,
+    group samples and an expert answer as long as they; kept: bytes of activations per token in one layer,
     see kept_per_token; trained adapters (policy, value function) have gradients and AdamW's two moments,
     frozen ones (a reward model) do not. The reference is the backbone.
     """

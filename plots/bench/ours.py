@@ -44,7 +44,7 @@ class Ours:
             {"prompt": "", "chosen": "", "prompt_ids": ids, "record_index": i}
             for i, ids in enumerate(case["prompts"])
         ]
-        for kind in ("reference_ids", "rejected_ids"):
+        for kind in ("expert_ids", "rejected_ids"):
             for record, ids in zip(self.records, case[kind]):
                 record[kind] = ids
         self.score, self.policy.token_logps = self.policy.token_logps, self.timed_logps

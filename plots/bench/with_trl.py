@@ -83,7 +83,7 @@ class TRL(TrainerCallback):
 
     def sft(self, given):
         rows = []
-        for prompt, answer in zip(self.case["prompts"], self.case["reference_ids"]):
+        for prompt, answer in zip(self.case["prompts"], self.case["expert_ids"]):
             mask = [0] * len(prompt) + [1] * len(answer)
             rows.append({"input_ids": prompt + answer, "completion_mask": mask})
         config = SFTConfig(
@@ -97,7 +97,7 @@ class TRL(TrainerCallback):
 
     def dpo(self, given):
         case, rows = self.case, []
-        for prompt, chosen, rejected in zip(case["prompts"], case["reference_ids"], case["rejected_ids"]):
+        for prompt, chosen, rejected in zip(case["prompts"], case["expert_ids"], case["rejected_ids"]):
             rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
         config = DPOConfig(
             **self.settings(), per_device_train_batch_size=len(rows), max_length=None, beta=case["beta"]
