@@ -110,8 +110,8 @@ def arguments(argv):
 
 
 def write_graded(suite, data, folder):
-    """quality-SHARE.jsonl for every share: the suite's tasks with so many right expert answers; of a file, with
-    so many pairs the right way round.
+    """quality-SHARE.jsonl for every share: the suite's tasks with so many right expert answers; of a file,
+    with so many pairs the right way round.
     """
     folder.mkdir(parents=True, exist_ok=True)
     level, n = suites.SUITES[suite].level, suites.SUITES[suite].records

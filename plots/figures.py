@@ -43,7 +43,8 @@ SECTIONS = {
     ),
     "components": (
         "Components (Fig. 4 and 5)",
-        "imitation while the expert answers beat the samples, then exploration; below 0 they are pushed away",
+        "imitation while the expert answers beat the samples, then exploration; "
+        "below 0 the expert answers are pushed away",
         figures_parts.components,
         None,
     ),

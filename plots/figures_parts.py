@@ -1,4 +1,4 @@
-"""The figures of the suite's other parts: GRAO's terms and its two weights, imperfect expert answers, UniAPL."""
+"""The figures of the suite's other parts: GRAO's terms and weights, imperfect expert answers, UniAPL."""
 
 import numpy as np
 

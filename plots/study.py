@@ -46,6 +46,7 @@ TEXTS = 8  # held-out answers kept as text
 COLUMNS = (
     "reward",
     "expert_reward",
+    "floor_reward",
     "tokens",
     "expert_tokens",
     "truncated",
@@ -53,7 +54,6 @@ COLUMNS = (
     "logp_expert",
     "judge_reward",
     "judge_expert_reward",
-    "floor_reward",
 )
 METRICS = (  # what the figures draw over steps
     "step",
@@ -300,14 +300,11 @@ def load(path):
 
 
 def as_log(files):
-    """One folder's files -> Log.
-
-    Here, and nowhere else, an old log's metrics get the names they have today.
-    """
-    config, samples = files["config.json"], [renamed(line) for line in files["samples.jsonl"]]
-    metrics = [renamed(line) for line in files["metrics.jsonl"]]
+    """One folder's files -> Log. Here, and nowhere else, old logs get the names of today."""
+    config, samples = files["config.json"], renamed(files["samples.jsonl"])
     before, after = arrays(samples[0]), arrays(samples[-1])
-    return Log(config["study"]["name"], config["study"]["seed"], config, metrics, before, after)
+    name, seed = config["study"]["name"], config["study"]["seed"]
+    return Log(name, seed, config, renamed(files["metrics.jsonl"]), before, after)
 
 
 def arrays(line):
@@ -341,9 +338,9 @@ def common_seeds(logs, names):
 def matrix(logs, name, measure, seeds=None):
     """A measure of a method's answers after training -> (S, P), rows by seed.
 
-    measure: "reward", "ras" (1 where it beats the expert answer's reward), "nag" (sign against the policy before
-    training), "kl", "tokens", or another column. Where a judge scored the run, "ras", "nag" and "judged" are
-    by the judge, "reward" by what trained it. UserError where runs answer other prompts.
+    measure: "reward", "ras" (1 where it beats the expert answer's reward), "nag" (sign against the policy
+    before training), "kl", "tokens", or another column. Where a judge scored the run, "ras", "nag" and
+    "judged" are by the judge, "reward" by what trained it. UserError where runs answer other prompts.
     """
     rows = []
     for seed in logs[name] if seeds is None else seeds:

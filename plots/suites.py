@@ -120,7 +120,8 @@ class Suite:
     flags: str  # of every run
     seeds: dict  # part -> seeds
     rates: str  # learning rates that a sweep tries, the same for every method
-    # Of the built-in tasks whose expert answers are graded; None: shares of the data's pairs the right way round.
+    # Of the built-in tasks whose expert answers are graded; None: shares of the data's pairs the right way
+    # round.
     level: str = "chat"
     records: int = 3000  # in each graded file
     extra: dict = None  # name -> seeds, of runs beside those of PARTS["comparison"]

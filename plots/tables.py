@@ -96,8 +96,7 @@ def comparison(logs):
         text += " RAS and NAG are by the second reward model, which no run was trained with: "
         text += "its raw scores, without the mean reward's penalty for a cut answer."
     tests = paired(logs, names, "judged" if judged else "reward")
-    text += "\n" + floor_note(logs, names)
-    return text + "\n" + tests + "\n" + paper(logs, names)
+    return text + "\n" + floor_note(logs, names) + "\n" + tests + "\n" + paper(logs, names)
 
 
 def before_training(runs, judged):

@@ -1,7 +1,5 @@
 """How the study's tables and figures write: a method's name, a row of Markdown, a mean with its interval."""
 
-import numpy as np
-
 from plots import suites
 from plots.statistics import two_level_interval
 
@@ -87,12 +85,13 @@ def quoted(text, width=300):
 
 
 def floor_note(logs, names):
-    """What the best constant answer earns on the same prompts: a reward says something by its distance from it.
+    """What the best constant answer earns on the same prompts, which a reward is to be told from.
 
-    Logs of a reward without such answers have none.
+    Logs of a reward without such answers have none (data/floor.py).
     """
     for name in present(logs, names):
         after = next(iter(logs[name].values())).after
         if "floor_reward" in after:
-            return f"\nNo-skill floor, the best of a few constant answers: {np.mean(after['floor_reward']):.3f}.\n"
+            floor = after["floor_reward"].mean()
+            return f"\nNo-skill floor, the best of a few constant answers: {floor:.3f}.\n"
     return ""

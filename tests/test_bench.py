@@ -107,7 +107,7 @@ def test_the_estimate_is_kept(capsys):
 
 
 def test_precision_is_what_the_machine_multiplies(monkeypatch):
-    """On a CPU without AVX512-BF16 both sides compute in fp32: bf16 crashed there, and is emulated at best."""
+    """On a CPU without AVX512-BF16 both sides compute in fp32: bf16 crashed there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for native, dtype in ((False, "float32"), (True, "bfloat16")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
@@ -117,7 +117,7 @@ def test_precision_is_what_the_machine_multiplies(monkeypatch):
 
 @pytest.mark.skipif(not TRL, reason="MINIGRAO_TRL_PYTHON names no python of an environment with trl 1.16")
 def test_trl_has_the_same_loss_and_gradient_on_the_same_samples(tmp_path):
-    """TRL's default KL is ratio * k3; with plain k3 the loss is the same number and the gradient off by 1e-3."""
+    """TRL's default KL is ratio * k3; plain k3 is the same number with another gradient."""
     data = tmp_path / "data.jsonl"
     lines = [json.dumps({"prompt": f"name {i} drinks", "chosen": "tea"}) + "\n" for i in range(9)]
     data.write_text("".join(lines))

@@ -12,7 +12,6 @@ from conftest import ROOT
 from matplotlib.image import imread
 
 from data import UserError
-from engine import metrics
 from engine.command_line import exit_status
 from engine.record import read_jsonl
 from plots import axes, figures, study, suites, tables, tables_parts, words
@@ -131,6 +130,16 @@ def test_measures_by_hand(whole):
     )  # of the nine paid answers, the four to odd prompts only tie
     assert study.matrix(logs, "grao", "nag").mean() == 6 / 12 and study.matrix(logs, "sft", "nag").mean() == 0
     assert study.matrix(logs, "grao", "reward").shape == (2, PROMPTS)
+
+
+def test_the_no_skill_floor_stands_below_the_tables_that_have_one(whole):
+    """A constant answer earned what the table showed for a trained policy, and no table said so."""
+    logs = study.load(whole)
+    assert words.floor_note(logs, ["grao"]) == "" and "No-skill floor" not in tables.comparison(logs)
+    for name in ("grao", "sft", "grpo-quality1"):
+        logs[name][0].after["floor_reward"] = np.array([0.25] * PROMPTS)
+    for table in (tables.comparison, tables_parts.ablations, tables_parts.quality, tables_parts.uniapl):
+        assert "\nNo-skill floor, the best of a few constant answers: 0.250.\n" in table(logs)
 
 
 def test_a_judge_decides_ras_and_nag_and_not_the_reward(tmp_path):
@@ -263,10 +272,12 @@ def test_a_line_break_within_an_answer_is_not_the_end_of_a_line(tmp_path):
     )
 
 
-def test_old_names_of_metrics_are_read_as_todays(whole, monkeypatch):
-    monkeypatch.setitem(metrics.RENAMED, "eval/reward", "eval/new")
-    log = study.load(whole)["grao"][0]
-    assert log.curve("eval/new")[0].tolist() == [0, 2, 4, 6] and not len(log.curve("eval/reward")[0])
+def test_old_names_are_read_as_todays():
+    """Logs call y the reference: they stay as they are, and are read by the names of today."""
+    log = study.load(ROOT / "plots" / "logs" / "study-smollm2.jsonl.gz")["grao"][0]
+    assert len(log.curve("advantage/expert")[0]) == 40 and not len(log.curve("advantage/reference")[0])
+    assert log.after["expert_reward"].shape == log.after["logp_expert"].shape == (200,)
+    assert set(log.after["texts"][0]) == {"prompt", "expert", "completion"}
 
 
 @pytest.mark.parametrize(
