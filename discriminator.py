@@ -28,6 +28,7 @@ import torch
 from data import UserError, load_records
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
+from engine.bradley_terry import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 from engine.command_line import parse
 from engine.measures import accuracy, bootstrap_interval, right
 from engine.models import whole_directory
@@ -35,7 +36,6 @@ from engine.record import environment, write_whole
 from engine.scoring import Pack
 from engine.settings import DiscriminatorConfig, check_settings
 from policy import Policy
-from reward_model import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 
 ROLE, ABOUT = "discriminator", "discriminator.json"
 MATCHED = 4  # samples of the policy to choose one of like length from: otherwise length is the first thing that polar learns, and often the last

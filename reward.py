@@ -138,6 +138,7 @@ import numpy as np
 from data.constraints import constraint_results, hack
 from data.loaders import load_records
 from data.messages import last_text
+from engine.bradley_terry import bradley_terry_loss, fit_scorer
 from engine.draw import draw_calibration
 from engine.measures import compare, interval, measures, nag, ras
 from engine.models import find_model, whole_directory
@@ -145,15 +146,7 @@ from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_
 from engine.record import environment
 from engine.report import alarms, bracket, by_reward, report_pairs
 from policy import Policy
-from reward_model import (
-    Judge,
-    RoleScorer,
-    bradley_terry_loss,
-    fit_scorer,
-    load_scorer,
-    tokenizer_print,
-    verdict,
-)
+from reward_model import Judge, RoleScorer, load_scorer, tokenizer_print, verdict
 
 __all__ = ["bradley_terry_loss", "checked_rewards", "nag", "ras", "verifier"]  # what other code calls
 

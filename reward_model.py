@@ -1,185 +1,21 @@
-"""Models that score texts: the scalar head and its Bradley-Terry training, classifiers, the chat judge."""
+"""Models that score texts: a role with a scalar head, classifiers, the chat judge. How a role is trained is in
+engine/bradley_terry.py."""
 
 import hashlib
 import json
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 
 from data import UserError
 from data.messages import last_text, messages, shown_prompt
-from engine.measures import accuracy
+from engine.bradley_terry import group_scores, micro_batches
 from engine.models import find_model, first_line, pick_device, pick_dtype, quiet, trim_memory
 from policy import Policy
-
-
-def bradley_terry_loss(chosen, rejected, margin=None):
-    """-mean log sigmoid(chosen - rejected - margin): Bradley-Terry's negative log-likelihood -> scalar, nats.
-
-    chosen, rejected: (N,) scores of the better and the worse answer of each pair, with gradient; margin: None, a number, or (N,), how far
-    apart they should be (Llama 2, arXiv 2307.09288, eq. (2)). At least fp32; does not overflow. ValueError for other shapes, or no pair.
-    """
-    if (
-        chosen.shape != rejected.shape
-        or chosen.numel() == 0
-        or (torch.is_tensor(margin) and margin.shape not in ((), chosen.shape))
-    ):
-        raise ValueError(
-            f"chosen and rejected (N,) wanted, N > 0, and a margin of that shape; got {tuple(chosen.shape)}, {tuple(rejected.shape)}"
-        )
-    d = (chosen - rejected).to(torch.promote_types(chosen.dtype, torch.float32))
-    return -F.logsigmoid(d if margin is None else d - margin).mean()
-
-
-def micro_batches(prompts, groups, most):
-    """Groups (a prompt's ids with G answers' ids) of one size and like lengths -> lists of indices, each of at most `most` tokens or one group."""
-    tokens = [len(p) + sum(map(len, group)) for p, group in zip(prompts, groups, strict=True)]
-    batch = []
-    for i in sorted(range(len(groups)), key=lambda i: (len(groups[i]), tokens[i])):
-        if batch and (
-            len(groups[i]) != len(groups[batch[0]]) or sum(tokens[j] for j in batch) + tokens[i] > most
-        ):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def group_scores(policy, role, prompts, groups, most=4096):
-    """A role's scores of each prompt's answers -> list of lists of floats. prompts: lists of ids; groups: for each a list of answers' ids.
-
-    A prompt is computed once for all its answers; at most `most` tokens, or one group, at a time. UserError for a score that is not finite.
-    """
-    scores = [None] * len(groups)
-    for part in micro_batches(prompts, groups, most):
-        for i, row in zip(
-            part, policy.sequence_scores([prompts[i] for i in part], [groups[i] for i in part], role).tolist()
-        ):
-            scores[i] = row
-    if not all(math.isfinite(s) for row in scores for s in row):
-        raise UserError(
-            f"role {role}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
-        )
-    return scores
-
-
-def fit_scorer(
-    policy,
-    role,
-    pairs,
-    held_out,
-    *,
-    lr=1e-4,
-    epochs=1,
-    batch_size=16,
-    margin=0.0,
-    centre=0.0,
-    eval_every=0,
-    patience=0,
-    seed=0,
-    max_tokens_per_pass=4096,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    log=None,
-):
-    """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a list of dicts, one per evaluation.
-
-    pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair is one group of
-    two, its prompt computed once. margin: of pairs that name none. centre: weight of mean (chosen + rejected)^2, which keeps scores near
-    0 (Eisenstein et al., arXiv 2312.09244). The learning rate falls linearly to 0 after 5 % of warm-up. held_out is evaluated every
-    eval_every batches (0: eight times in all); after `patience` evaluations without a better one (0: never) training stops.
-    The role ends with the parameters of its best evaluation: of those whose accuracy is within one standard error of the highest so
-    far, the one of lowest loss (a few hundred pairs cannot tell their accuracies apart); without held_out pairs with the last ones.
-    The seed decides the order of the pairs; max_tokens_per_pass bounds memory and does not change the gradient.
-    log(line) is called with every line of the history. UserError for no pair or a loss that is not finite.
-    """
-    if not pairs:
-        raise UserError(f"role {role}: no pair to learn from")
-    params = policy.trainable(role) | {
-        f"{role}_head.{n}": p for n, p in policy.heads[role].named_parameters()
-    }
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay)
-    steps = epochs * math.ceil(len(pairs) / batch_size)
-    warmup, eval_every = math.ceil(0.05 * steps), eval_every or math.ceil(steps / 8)
-    history, best, kept, losses, highest, start = [], None, None, [], 0.0, time.perf_counter()
-    for step in range(steps):
-        epoch, begin = divmod(step * batch_size, batch_size * math.ceil(len(pairs) / batch_size))
-        order = torch.randperm(
-            len(pairs), generator=torch.Generator().manual_seed(seed * 7919 + epoch)
-        ).tolist()
-        batch = [pairs[i] for i in order[begin : begin + batch_size]]
-        prompts, groups = [p[0] for p in batch], [[p[1], p[2]] for p in batch]
-        for part in micro_batches(prompts, groups, max_tokens_per_pass):
-            with policy.role(role):  # around the backward pass, too, for gradient checkpointing
-                scores = policy.sequence_scores(
-                    [prompts[i] for i in part], [groups[i] for i in part], role
-                )  # (b, 2)
-                wanted = scores.new_tensor([batch[i][3] if len(batch[i]) > 3 else margin for i in part])
-                loss = (
-                    bradley_terry_loss(scores[:, 0], scores[:, 1], wanted)
-                    + centre * scores.sum(1).square().mean()
-                )
-                (loss * len(part) / len(batch)).backward()
-            losses += [float(loss.detach())] * len(part)
-        norm = float(torch.nn.utils.clip_grad_norm_(params.values(), max_grad_norm))
-        if not math.isfinite(norm) or not math.isfinite(losses[-1]):
-            raise UserError(
-                f"role {role}: loss or gradient is not finite at batch {step + 1}; try a lower --lr or --dtype float32"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        trim_memory(step + 1)
-        if (step + 1) % eval_every and step + 1 < steps:
-            continue
-        line = {
-            "step": step + 1,
-            "pairs": min((epoch * len(pairs)) + begin + batch_size, (epoch + 1) * len(pairs)),
-            "train/loss": sum(losses) / len(losses),
-            "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        losses = []
-        if held_out:
-            scores = torch.tensor(
-                group_scores(
-                    policy,
-                    role,
-                    [p[0] for p in held_out],
-                    [[p[1], p[2]] for p in held_out],
-                    max_tokens_per_pass,
-                )
-            )
-            right, loss = (
-                accuracy(scores[:, 0], scores[:, 1]),
-                float(bradley_terry_loss(scores[:, 0], scores[:, 1])),
-            )
-            line |= {"held_out/accuracy": right, "held_out/loss": loss}
-            highest = max(highest, right)
-            near = highest - math.sqrt(highest * (1 - highest) / len(held_out))
-            if best is None or best[0] < near or (right >= near and loss < best[1]):
-                best = (right, loss, step + 1, len(history))
-                kept = {n: p.detach().clone() for n, p in params.items()}
-            line["best_step"] = best[2]
-        history.append(line | {"time": time.perf_counter() - start})
-        if log:
-            log(history[-1])
-        if best and patience and len(history) - 1 - best[3] >= patience:
-            break
-    if kept:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(kept[name])
-    return history
 
 
 class RoleScorer:
