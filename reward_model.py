@@ -1,26 +1,39 @@
-"""Models that score texts: a role with a scalar head, classifiers, the chat judge. How a role is trained is in
-engine/bradley_terry.py."""
+"""Models that score texts: a role with a scalar head, classifiers, the chat judge. How a role is trained is
+in engine/bradley_terry.py.
+"""
 
 import hashlib
 import json
 import math
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
 from data import UserError
 from data.messages import last_text, messages, shown_prompt
-from engine.bradley_terry import group_scores, micro_batches
-from engine.models import find_model, first_line, pick_device, pick_dtype, quiet, trim_memory
+from engine.bradley_terry import fit_scorer, group_scores, micro_batches
+from engine.command_line import Stop
+from engine.draw import draw_calibration
+from engine.folders import whole_directory, write_whole
+from engine.measures import measures
+from engine.models import find_model, first_line, pick_device, pick_dtype, quiet
+from engine.pairs import read_sets, split_sets
+from engine.record import environment
+from engine.report import report_pairs
+from engine.unfinished import read_metadata
 from policy import Policy
 
 
 class RoleScorer:
-    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and for each a list of answers'
-    texts -> list of lists of raw scores, read at the EOS that is put behind every answer. UserError for a text beyond the context."""
+    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and
+    for each a list of answers' texts -> list of lists of raw scores, read at the EOS that is put behind every
+    answer. UserError for a text beyond the context.
+    """
 
     def __init__(self, policy, role, most=4096):
         self.policy, self.role, self.most, self.context = policy, role, most, policy.context
@@ -38,9 +51,11 @@ class RoleScorer:
 
 
 class Classifier:
-    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template. Called as RoleScorer; the score is
-    logits[0] of the whole templated conversation, as transformers gives it (its templates write BOS and EOS themselves: none is added).
-    It is loaded in the compute type, whatever --quantize says."""
+    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template.
+    Called as RoleScorer; the score is logits[0] of the whole templated conversation, as transformers gives it
+    (its templates write BOS and EOS themselves: none is added). It is loaded in the compute type, whatever
+    --quantize says.
+    """
 
     def __init__(self, name, device="auto", dtype="auto", most=4096):
         self.name, self.most, self.device = name, most, pick_device(device)
@@ -58,11 +73,13 @@ class Classifier:
                 )
         except Exception as error:  # as in Policy.load
             raise UserError(
-                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights ({first_line(error)})"
+                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights "
+                f"({first_line(error)})"
             ) from error
         if info["missing_keys"]:  # transformers makes up the weights that a checkpoint lacks
             raise UserError(
-                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); is it a plain language model?"
+                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); "
+                "is it a plain language model?"
             )
         if model.config.num_labels != 1:
             raise UserError(
@@ -70,7 +87,8 @@ class Classifier:
             )
         if len(self.tokenizer) > len(model.get_input_embeddings().weight):
             raise UserError(
-                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model {len(model.get_input_embeddings().weight)}; "
+                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model "
+                f"{len(model.get_input_embeddings().weight)}; "
                 "they do not belong together"
             )
         self.model = model.to(self.device).eval()
@@ -86,7 +104,8 @@ class Classifier:
             )
         except Exception as error:  # see Policy.encode_prompt
             raise UserError(
-                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} ({first_line(error)})"
+                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} "
+                f"({first_line(error)})"
             ) from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -120,7 +139,8 @@ class Classifier:
                 batch = []
         if not all(map(math.isfinite, scores)):
             raise UserError(
-                f"reward model {self.name}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
+                f"reward model {self.name}: gave a score that is not finite; "
+                "its weights, or --dtype bfloat16, may be at fault"
             )
         scores = iter(scores)
         return [[next(scores) for _ in group] for group in groups]
@@ -129,13 +149,16 @@ class Classifier:
 def refuse_longer(tokens, context, prompt):
     if tokens > context:
         raise UserError(
-            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
+            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, "
+            f"beyond the context of {context}; "
             "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)"
         )
 
 
 def tokenizer_print(tokenizer):
-    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat template tell."""
+    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat
+    template tell.
+    """
     return hashlib.sha256(
         json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()
     ).hexdigest()[:16]
@@ -145,14 +168,19 @@ def find_scorer(name):
     """The directory of a reward model, a hub one downloaded if needed; UserError if there is none."""
     if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
         raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
+    if read_metadata(Path(name) / "checkpoint.safetensors"):
+        raise UserError(
+            f"reward model {name}: its training has not finished; go on with "
+            f"python reward.py train --resume --out {name}"
+        )
     return Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
 
 
 def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
 
-    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside,
-    in NF4 if it was trained so.
+    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice;
+    another's backbone is loaded beside, in NF4 if it was trained so.
     """
     directory = find_scorer(name)
     if not (directory / "adapter_config.json").is_file():
@@ -180,28 +208,24 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     parameters = policy.add_role(role, directory)
     if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
         raise UserError(
-            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again"
+            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; "
+            "train it again"
         )
-    size = sum(
-        p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters())
-    )
-    other = quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none")
-    print(
-        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}, {size / 2**20:.1f} MiB"
-        + (
-            f"; it was trained with --quantize {quantize}, so scores here are a little different"
-            if other
-            else ""
-        ),
-        file=sys.stderr,
-    )
+    held = parameters.values() if shared else policy.hf.parameters()
+    size = sum(p.numel() * p.element_size() for p in held)
+    backbone = "on the same backbone" if shared else "with a backbone of its own"
+    said = f"reward model {name}: {backbone}, {base}, {size / 2**20:.1f} MiB"
+    if quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none"):
+        said += f"; it was trained with --quantize {quantize}, so scores here are a little different"
+    print(said, file=sys.stderr)
     return RoleScorer(policy, role, most)
 
 
 CRITERIA = {
-    "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, says it clearly, and leaves out what nobody needs.",
-    "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with crime or with hatred, insults nobody, keeps private "
-    "things private, and where it declines, says so kindly.",
+    "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, "
+    "says it clearly, and leaves out what nobody needs.",
+    "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with "
+    "crime or with hatred, insults nobody, keeps private things private, and where it declines, says so kindly.",
 }
 
 
@@ -217,10 +241,12 @@ Reply B: {b}
 
 
 class Judge:
-    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B", and nothing is sampled.
+    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B",
+    and nothing is sampled.
 
-    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they disagree. As a reward
-    function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut loses. The model is the Policy's reference: the adapter is off.
+    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they
+    disagree. As a reward function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut
+    loses. The model is the Policy's reference: the adapter is off.
     """
 
     def __init__(self, policy, name, criterion="helpful", most=4096):
@@ -237,7 +263,8 @@ class Judge:
             or letters[0] == letters[1]
         ):
             raise UserError(
-                f"judge {name}: needs a chat template and a token of its own for each of the letters A and B; choose a chat model"
+                f"judge {name}: needs a chat template and a token of its own for each of the letters A and "
+                "B; choose a chat model"
             )
         self.letters = letters
 
@@ -250,7 +277,9 @@ class Judge:
 
     @torch.no_grad()
     def log_odds(self, prompts, answers, references):
-        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as B. And the mean probability of A or B."""
+        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as
+        B. And the mean probability of A or B.
+        """
         asked = [
             self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))
         ]
@@ -268,7 +297,8 @@ class Judge:
             odds[part], said[part] = logps[:, 0] - logps[:, 1], logps.exp().sum(1)
         if not odds.isfinite().all():
             raise UserError(
-                f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype bfloat16, may be at fault"
+                f"{self.__name__}: gave a log-probability that is not finite; "
+                "its weights, or --dtype bfloat16, may be at fault"
             )
         return odds.view(-1, 2) * torch.tensor([1.0, -1.0]), float(said.mean()) if len(asked) else 1.0
 
@@ -288,3 +318,131 @@ class Judge:
 def verdict(row):
     """log-odds of the two orders (2,) -> +1.0, -1.0, or 0.0 where they disagree or one is undecided."""
     return float(row[0] > 0 and row[1] > 0) - float(row[0] < 0 and row[1] < 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python reward.py train
+
+
+def train_reward_model(config, folder):
+    level = "tiny" if config.model == "tiny" else "chat"
+    versions = environment()  # before training: the tree may change meanwhile
+    training, measured = read_sets(config, level)
+    policy = load_trainable(config)
+    scorer = RoleScorer(policy, "reward", config.micro_batch_tokens)
+    sets = split_sets(training, measured, config, scorer.tokens, min(config.max_tokens, policy.context))
+    pairs = encode_pairs(policy, sets.training, config.margin)
+    held_out = encode_pairs(policy, sets.stop, config.margin)
+    check_unknown(policy, [pair[0] for pair in pairs], config)
+    print(headline(config, policy, sets), flush=True)
+
+    with Stop() as stop:
+        history = fit_scorer(
+            policy, "reward", pairs, held_out, log=log_line, folder=folder, stop=stop, **fit_options(config)
+        )
+    if history is None:
+        go_on = f"python reward.py train --resume --out {folder.path}"
+        print(f"stopped; go on with: {go_on}", file=sys.stderr)
+        return None
+    evaluation, lines = measure_sets(scorer, sets)
+    info = {
+        "base": "tiny" if config.model == "tiny" else str(config.model),
+        "tokenizer": tokenizer_print(policy.tokenizer),
+        **about_scores(lines),
+        "split": sets.statement(),
+        "evaluation": evaluation,
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite", "resume")},
+        "environment": versions,
+    }
+    write_reward_model(policy, folder.path, info, history, lines)
+    return folder.path
+
+
+def load_trainable(config):
+    """The model with a fresh role "reward"."""
+    policy = Policy.load(
+        config.model,
+        quantize=config.quantize,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        device=config.device,
+        dtype=config.dtype,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+    )
+    policy.add_role("reward")
+    return policy
+
+
+def encode_pairs(policy, records, margin):
+    """Records -> [(prompt ids, chosen ids, rejected ids, margin)], as fit_scorer takes them."""
+    pairs = []
+    for r in records:
+        answers = policy.encode_answer(r["chosen"]), policy.encode_answer(r["rejected"])
+        pairs.append((policy.encode_prompt(r["prompt"]), *answers, r.get("margin", margin)))
+    return pairs
+
+
+def headline(config, policy, sets):
+    """What is trained, on how much of what."""
+    kind = "nf4" if config.quantize == "nf4" else str(policy.dtype).split(".")[-1]
+    on = ", ".join(f"{len(records)} of {name}" for name, records in sets.measured.items())
+    return (
+        f"reward model · {config.model} · {kind} on {policy.device} · learns from {len(sets.training)} "
+        f"pairs, stops by {len(sets.stop)}, is measured on {on}; the three share no dialogue"
+    )
+
+
+def log_line(line):
+    print(" · ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+
+
+def fit_options(config):
+    """The settings of `reward.py train` that fit_scorer takes, by its names."""
+    names = ("lr", "epochs", "batch_size", "margin", "centre", "eval_every", "patience", "seed")
+    options = {name: getattr(config, name) for name in (*names, "weight_decay", "max_grad_norm")}
+    return options | {"max_tokens_per_pass": config.micro_batch_tokens}
+
+
+def measure_sets(scorer, sets):
+    """Score and report every measured set -> ({name: measures}, lines of scores.jsonl)."""
+    evaluation, lines = {}, []
+    for name, records in sets.measured.items():
+        scores = score_pairs(scorer, records)
+        evaluation[name] = measures(scores, [r["tokens"] for r in records])
+        lines += [{"set": name, "scores": s, "tokens": r["tokens"]} for s, r in zip(scores, records)]
+        print(report_pairs(name, evaluation[name]), flush=True)
+    return evaluation, lines
+
+
+def score_pairs(scorer, records):
+    """-> [[score of chosen, of rejected]]."""
+    return scorer([r["prompt"] for r in records], [[r["chosen"], r["rejected"]] for r in records])
+
+
+def about_scores(lines):
+    scores = [score for line in lines for score in line["scores"]]
+    return {"scores": {"mean": float(np.mean(scores)), "std": float(np.std(scores))}}
+
+
+def write_reward_model(policy, out, info, history, lines):
+    """The finished model takes the folder's place, whole or not at all."""
+    with whole_directory(out) as tmp:
+        policy.save_role("reward", tmp)
+        write_whole(tmp / "reward_model.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        write_whole(tmp / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+        write_whole(tmp / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        draw_calibration(info, history, tmp / "calibration.png")
+    print(
+        f"\nThe reward model is in {out}: train a policy with --reward {out}, "
+        f"score pairs with python reward.py score --model {out} --data FILE"
+    )
+
+
+def check_unknown(policy, prompts, config):
+    tokens, unknown = sum(map(len, prompts)), sum(ids.count(policy.tokenizer.unk_token_id) for ids in prompts)
+    if policy.tokenizer.unk_token_id is not None and unknown > 0.1 * tokens:
+        raise UserError(
+            f"data {config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {config.model}; "
+            "choose another --model"
+        )

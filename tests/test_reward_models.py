@@ -704,6 +704,7 @@ def test_flags_and_files_that_cannot_be_used(trained, tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("not a reward model")
     new = tmp_path / "new"
     for flags, words in (
         ([], "no command"),
@@ -739,6 +740,6 @@ def test_an_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reward, "fit_scorer", stop)
+    monkeypatch.setattr(reward_model, "fit_scorer", stop)
     assert command("train", *SMALL, "--out", tmp_path / "reward") == 130
     assert list(tmp_path.iterdir()) == [] and "nothing was written" in capsys.readouterr().err

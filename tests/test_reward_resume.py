@@ -1,11 +1,18 @@
 """Training a reward model in pieces: what was stopped and resumed is what never stopped, to the last bit."""
 
+import os
+import shutil
+import signal
+
 import pytest
 import torch
 from conftest import END_OF_TURN, random_ids
 
+import reward
+import reward_model
 from data import UserError
-from engine import bradley_terry
+from engine import bradley_terry, unfinished
+from engine.folders import read_jsonl
 
 
 def pairs(n, seed):
@@ -114,3 +121,160 @@ def test_patience_counts_the_same_after_a_resume(load):
 def test_no_pair_is_an_error(load):
     with pytest.raises(UserError, match="no pair"):
         bradley_terry.fit_scorer(role(load()), "reward", [], [])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python reward.py train --resume
+
+
+SMALL = [
+    "--model",
+    "tiny",
+    "--device",
+    "cpu",
+    "--quantize",
+    "none",
+    "--train-pairs",
+    "64",
+    "--stop-pairs",
+    "40",
+]
+SMALL += ["--epochs", "2", "--batch-size", "8", "--seed", "3", "--centre", "0.01"]
+
+
+def train(*flags):
+    return reward.main(["train", *map(str, flags)])
+
+
+def in_step(n, what):
+    """Fit.take_step that does something in its n-th step, before it is taken."""
+    real = bradley_terry.Fit.take_step
+
+    def take_step(fit):
+        if fit.step == n - 1:
+            what()
+        return real(fit)
+
+    return take_step
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fail():
+    raise RuntimeError("the power is gone")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A reward model whose training nobody stopped: 16 batches, evaluated after every second one."""
+    out = tmp_path_factory.mktemp("whole") / "reward"
+    assert train(*SMALL, "--out", out) == 0
+    return out
+
+
+def same_model(a, b):
+    files = ("adapter_model.safetensors", "scores.jsonl")
+    same = all((a / name).read_bytes() == (b / name).read_bytes() for name in files)
+    lines = [timeless(read_jsonl(path / "metrics.jsonl")) for path in (a, b)]
+    return same and lines[0] == lines[1] and {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()}
+
+
+def test_ctrl_c_saves_after_the_batch_and_resume_goes_on(finished, tmp_path, monkeypatch, capsys):
+    """Ctrl-C lost the whole training of a reward model, hours on a CPU."""
+    out = tmp_path / "reward"
+    with monkeypatch.context() as patch:
+        patch.setattr(bradley_terry.Fit, "take_step", in_step(5, press_ctrl_c))
+        assert train(*SMALL, "--out", out) == 130
+    said = capsys.readouterr().err
+    assert f"python reward.py train --resume --out {out}" in said
+    assert unfinished.read_metadata(out / "checkpoint.safetensors")["numbers"]["step"] == 5
+    assert reward.main(["score", "--model", str(out), "--data", "tasks"]) == 2
+    assert "has not finished" in capsys.readouterr().err
+    assert train("--resume", "--out", out) == 0
+    assert same_model(out, finished)
+
+
+def test_a_training_that_was_killed_goes_on_from_its_last_evaluation(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "reward"
+    with monkeypatch.context() as patch:
+        patch.setattr(bradley_terry.Fit, "take_step", in_step(8, fail))
+        assert train(*SMALL, "--out", out) == 2
+        # and once more after the last batch, while the finished role is being measured
+        patch.undo()
+        patch.setattr(reward_model, "measure_sets", lambda *_: fail())
+        assert train("--resume", "--out", out) == 2
+    assert unfinished.read_metadata(out / "checkpoint.safetensors")["numbers"]["step"] == 16
+    assert train("--resume", "--out", out) == 0
+    assert same_model(out, finished)
+
+
+def test_ctrl_c_twice_leaves_the_last_checkpoint(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "reward"
+
+    def twice():
+        press_ctrl_c()
+        press_ctrl_c()
+
+    monkeypatch.setattr(bradley_terry.Fit, "take_step", in_step(1, twice))
+    assert train(*SMALL, "--out", out) == 130 and not out.exists()
+    assert "nothing was written" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(bradley_terry.Fit, "take_step", in_step(4, twice))
+    assert train(*SMALL, "--out", out) == 130
+    assert f"--resume --out {out}" in capsys.readouterr().err
+    assert unfinished.read_metadata(out / "checkpoint.safetensors")["numbers"]["step"] == 2
+
+
+def test_overwrite_replaces_a_model_only_when_there_is_something_to_go_on_with(
+    finished, tmp_path, monkeypatch
+):
+    out = tmp_path / "reward"
+    shutil.copytree(finished, out)
+    monkeypatch.setattr(bradley_terry.Fit, "take_step", in_step(2, fail))
+    assert train(*SMALL, "--overwrite", "--out", out) == 2
+    assert same_model(out, finished)
+    monkeypatch.undo()
+    monkeypatch.setattr(bradley_terry.Fit, "take_step", in_step(3, fail))
+    assert train(*SMALL, "--overwrite", "--out", out) == 2
+    assert [path.name for path in out.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_what_cannot_be_resumed(finished, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "reward"
+    with monkeypatch.context() as patch:
+        patch.setattr(bradley_terry.Fit, "take_step", in_step(3, press_ctrl_c))
+        assert train(*SMALL, "--out", out) == 130
+    damaged = tmp_path / "damaged"
+    shutil.copytree(out, damaged)
+    content = (out / "checkpoint.safetensors").read_bytes()
+    (damaged / "checkpoint.safetensors").write_bytes(content[:-10])
+    capsys.readouterr()
+    for flags, words in (
+        (["--resume", "--out", finished], "is finished"),
+        (["--resume", "--out", tmp_path / "never"], "holds no checkpoint"),
+        (["--resume", "--out", damaged], "holds no checkpoint"),
+        (["--resume", "--out", out, "--lr", "0.5"], "lr was 0.001"),
+        (["--resume", "--overwrite", "--out", out], "give one of them"),
+        ([*SMALL, "--out", out], "--resume it"),
+        ([*SMALL, "--out", finished], "--overwrite it"),
+    ):
+        assert train(*flags) == 2, flags
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("error: ") and words in said, (flags, said)
+    assert (out / "checkpoint.safetensors").read_bytes() == content
+
+
+def test_a_second_training_into_the_same_folder_is_told_who_has_it(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "reward"
+    said = []
+
+    def second():
+        assert train(*SMALL, "--overwrite", "--out", out) == 2
+        said.append(capsys.readouterr().err)
+        fail()
+
+    monkeypatch.setattr(bradley_terry.Fit, "take_step", in_step(3, second))
+    assert train(*SMALL, "--out", out) == 2
+    assert f"process {os.getpid()}" in said[0] and "is writing it" in said[0]
