@@ -139,8 +139,9 @@ from data.constraints import constraint_results, hack
 from data.loaders import load_records
 from data.messages import last_text
 from engine.draw import draw_calibration
+from engine.folders import holds, reserve, whole_directory
 from engine.measures import against_references, bootstrap_interval, measures, nag, ras, report_pairs
-from engine.models import find_model, whole_directory
+from engine.models import find_model
 from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
 from engine.record import environment
 from policy import Policy
@@ -289,14 +290,18 @@ def check_unknown(policy, prompts, config):
 
 
 def train_command(config):
-    out, level = Path(config.out), "tiny" if config.model == "tiny" else "chat"
+    ways = {"kind": "reward model", "remedies": ["--overwrite it"]}
+    with reserve(config.out, ours=is_reward_model, overwrite=config.overwrite, **ways) as out:
+        train_reward_model(config, out)
+
+
+def is_reward_model(path):
+    return holds(path / "reward_model.json", "base", "settings")
+
+
+def train_reward_model(config, out):
+    level = "tiny" if config.model == "tiny" else "chat"
     versions = environment()  # before training: the tree may change meanwhile
-    if out.exists() and not config.overwrite:
-        raise UserError(f"{out} exists already: choose another --out, or --overwrite it")
-    if out.exists() and not (out / "reward_model.json").is_file():
-        raise UserError(
-            f"{out} is not a reward model (it has no reward_model.json), so --overwrite leaves it alone; choose another --out"
-        )
     sources = config.data.split(",")
     training = [r for s in sources for r in load_records(s, "train", seed=config.seed, level=level)]
     measured = {f"{Path(s).name}, held-out split": load_records(s, "heldout", level=level) for s in sources}
