@@ -30,9 +30,9 @@ from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from engine.bradley_terry import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 from engine.command_line import parse
+from engine.folders import holds, reserve, whole_directory, write_whole
 from engine.measures import accuracy, bootstrap_interval, right
-from engine.models import whole_directory
-from engine.record import environment, write_whole
+from engine.record import environment
 from engine.scoring import Pack
 from engine.settings import DiscriminatorConfig, check_settings
 from policy import Policy
@@ -273,11 +273,16 @@ def command_line(argv, description):
     c = check_settings(DiscriminatorConfig(**parse(DiscriminatorConfig, argv, description)))
     if c.out is None:
         raise UserError("discriminator: --out DIR is needed, the directory to write")
-    if Path(c.out).exists() and not (c.overwrite and (Path(c.out) / ABOUT).is_file()):
-        raise UserError(
-            f"--out {c.out} exists already; choose another"
-            + (", or --overwrite it" if (Path(c.out) / ABOUT).is_file() else "")
-        )
+    ways = {"kind": "discriminator", "remedies": ["--overwrite it"]}
+    with reserve(c.out, ours=is_discriminator, overwrite=c.overwrite, **ways):
+        return train_and_test(c)
+
+
+def is_discriminator(path):
+    return holds(path / ABOUT, "settings", "test")
+
+
+def train_and_test(c):
     policy = Policy.load(
         c.model,
         quantize=c.quantize,

@@ -55,15 +55,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
-from engine.models import (
-    find_model,
-    first_line,
-    keep_freed_memory,
-    pick_device,
-    pick_dtype,
-    quiet,
-    whole_directory,
-)
+from engine.folders import reserve, whole_directory
+from engine.models import find_model, first_line, keep_freed_memory, pick_device, pick_dtype, quiet
 from engine.sampling import Rollout, Sampler
 from engine.scoring import ChunkedLogProb, Pack, Scored, lora_forward
 
@@ -545,9 +538,8 @@ def main(argv=None):
 
 
 def merge_command(args):
-    if Path(args.out).exists():
-        raise UserError(f"--out {args.out} exists already; choose another")
-    difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
+    with reserve(args.out, "merged model"):
+        difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
     print(
         f"{args.out}: a 16-bit model; on a probe its log-probabilities differ from the adapter's by "
         f"{difference:.4f} nats/token on average"

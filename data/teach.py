@@ -13,9 +13,7 @@ data/ knows neither models nor rewards; this script stands on top of both and im
 """
 
 import argparse
-import json
 import sys
-from pathlib import Path
 
 from data.errors import UserError
 from data.loaders import load_records
@@ -68,9 +66,15 @@ def teach(policy, records, samples, max_new_tokens, temperature=1.0, seed=0, at_
 
 def main(argv=None):
     """The command line -> exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    from engine.command_line import exit_status
+
+    return exit_status(lambda: write_taught(read_flags(argv)))
+
+
+def read_flags(argv):
+    from engine.command_line import OneLineParser
+
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--model", required=True, help="the teacher: a hub name, a directory, a .gguf file, or tiny"
     )
@@ -92,49 +96,52 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... [auto]")
     args = parser.parse_args(argv)
-    from engine.record import write_whole
+    for flag in ("prompts", "samples", "max_new_tokens"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
+    if not 0 < args.temperature <= 10:
+        raise UserError(f"--temperature {args.temperature}: must be above 0 and at most 10")
+    return args
+
+
+def write_taught(args):
+    from engine.folders import reserve, to_json, write_whole
+
+    with reserve(args.out, "file of answers") as out:
+        kept = ask_teacher(args)
+        write_whole(out, "".join(to_json(record) + "\n" for record in kept))
+    print(f"They are in {args.out}: python uniapl.py --data {args.out}")
+    return kept
+
+
+def ask_teacher(args):
+    """The records to write; UserError if there are none."""
     from policy import Policy
 
-    try:
-        if Path(args.out).exists():
-            raise UserError(f"--out {args.out} exists already; choose another")
-        for flag in ("prompts", "samples", "max_new_tokens"):
-            if getattr(args, flag) < 1:
-                raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be 1 or more")
-        if not 0 < args.temperature <= 10:
-            raise UserError(f"--temperature {args.temperature}: must be above 0 and at most 10")
-        level = args.level or ("tiny" if args.model == "tiny" else "chat")
-        records = load_records(args.data, "train", args.prompts, seed=args.seed, level=level)
-        if not all("constraints" in r for r in records):
-            raise UserError(f"data {args.data}: has no 'constraints' for the verifier to check")
-        policy = Policy.load(
-            args.model,
-            quantize=args.quantize,
-            adapter=args.adapter,
-            reference="base",
-            device=args.device,
-            seed=args.seed,
+    level = args.level or ("tiny" if args.model == "tiny" else "chat")
+    records = load_records(args.data, "train", args.prompts, seed=args.seed, level=level)
+    if not all("constraints" in r for r in records):
+        raise UserError(f"data {args.data}: has no 'constraints' for the verifier to check")
+    policy = Policy.load(
+        args.model,
+        quantize=args.quantize,
+        adapter=args.adapter,
+        reference="base",
+        device=args.device,
+        seed=args.seed,
+    )
+    kept, counts = teach(policy, records, args.samples, args.max_new_tokens, args.temperature, args.seed)
+    print(
+        f"{counts['samples']} answers to {counts['prompts']} prompts: {counts['cut']} cut at the length limit, "
+        f"{counts['passed']} passed the verifier, {counts['distinct']} of them different; "
+        f"{counts['kept']} prompts kept"
+    )
+    if not kept:
+        raise UserError(
+            f"no answer of {args.model} passed, so there is nothing to write; take a larger model, or "
+            "more --samples"
         )
-        kept, counts = teach(policy, records, args.samples, args.max_new_tokens, args.temperature, args.seed)
-        print(
-            f"{counts['samples']} answers to {counts['prompts']} prompts: {counts['cut']} cut at the length limit, "
-            f"{counts['passed']} passed the verifier, {counts['distinct']} of them different; "
-            f"{counts['kept']} prompts kept"
-        )
-        if not kept:
-            raise UserError(
-                f"no answer of {args.model} passed, so there is nothing to write; take a larger model, or "
-                "more --samples"
-            )
-        write_whole(Path(args.out), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: a file cannot be read or written ({error})", file=sys.stderr)
-        return 2
-    print(f"They are in {args.out}: python uniapl.py --data {args.out}")
-    return 0
+    return kept
 
 
 if __name__ == "__main__":

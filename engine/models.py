@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import transformers
 
 from data.errors import UserError, first_line
+from engine.folders import whole_directory
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TINY = Path(__file__).parents[1] / "data" / "tiny"
@@ -128,23 +128,6 @@ def convert_gguf(path):
             f"model {path}: not a readable GGUF file of a known architecture ({first_line(error)})"
         ) from error
     return str(out)
-
-
-@contextlib.contextmanager
-def whole_directory(directory):
-    """Yield a temporary sibling; on success it takes the directory's place, on failure it is removed and nothing has changed."""
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    tmp = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir()
-        yield tmp
-        if directory.exists():
-            shutil.rmtree(directory)
-        tmp.rename(directory)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -261,6 +261,7 @@ class Sweep:
             *self.rates,
             "--out",
             os.path.relpath(self.path),
+            "--overwrite",  # where a killed one has left its first rows
             "--",
             *flags,
             *args.flags,

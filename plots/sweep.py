@@ -11,11 +11,11 @@ makes the table of runs that are there already, where a run costs too much to be
 adapter; if it is down to its logs, by the mean reward of all samples of the last ten steps (--last), which a collapse near the end hardly moves.
 """
 
-import argparse
 import dataclasses
 import json
 import sys
 import tempfile
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 import baselines
@@ -23,10 +23,11 @@ import minigrao
 import train
 import uniapl
 from data import UserError
-from engine.command_line import parse
+from engine.command_line import OneLineParser, exit_status, parse
+from engine.folders import holds, read_jsonl, reserve, to_json, write_whole
 from engine.measures import summary
 from engine.models import first_line
-from engine.record import environment, read_jsonl, write_whole
+from engine.record import environment
 from engine.settings import check_settings
 
 MOST = 1000  # training prompts to score; fewer where the run had fewer
@@ -94,9 +95,7 @@ def finished(method, paths, last):
 
 def main(argv):
     mine, theirs = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=METHODS)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--lrs", type=float, nargs="+", help="learning rates to try")
@@ -107,13 +106,18 @@ def main(argv):
         "--last", type=int, default=10, help="--runs without adapters: steps whose samples count [10]"
     )
     parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the sweep in --out")
     args = parser.parse_args(mine)
     if args.last < 1:
         raise UserError(f"--last {args.last}: must be at least 1")
     method = METHODS[args.method]
     given = parse(method.config, theirs, "")
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    rows, about = [], {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment()}
+    ways = {"kind": "sweep", "remedies": ["--overwrite it"]}
+    with (
+        reserve(args.out, ours=is_sweep, overwrite=args.overwrite, **ways) as out,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         measured = (
             (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs)
             if args.lrs
@@ -122,14 +126,13 @@ def main(argv):
         for row in measured:
             rows.append(row)
             print(row)
-            result = {
-                "command": "python -m plots.sweep " + " ".join(argv),
-                "environment": environment(),
-                "rows": rows,
-            }
-            write_whole(Path(args.out), json.dumps(result, indent=1) + "\n")
+            write_whole(out, to_json(about | {"rows": rows}, indent=1) + "\n")
     return rows
 
 
+def is_sweep(path):
+    return holds(path, "command", "rows")
+
+
 if __name__ == "__main__":
-    sys.exit(train.exit_status(lambda: main(sys.argv[1:])))
+    sys.exit(exit_status(lambda: main(sys.argv[1:])))

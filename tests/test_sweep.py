@@ -78,7 +78,9 @@ def test_finished_runs_make_a_table_from_their_last_ten_steps(tmp_path):
         {"lr": 3e-4, "steps": 4, "samples": 48, "reward": 0.5},
     ]
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
-    (row,) = sweep.main(["grpo", "--runs", slow, "--last", "12", "--out", str(tmp_path / "t.json")])
+    again = ["grpo", "--runs", slow, "--last", "12", "--out", str(tmp_path / "t.json")]
+    assert exit_status(lambda: sweep.main(again)) == 2  # what stands there is not replaced unasked
+    (row,) = sweep.main([*again, "--overwrite"])
     assert row == {"lr": 1e-3, "steps": 15, "samples": 144, "reward": pytest.approx(2.5 / 12)}
     assert (
         exit_status(
