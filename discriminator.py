@@ -35,15 +35,15 @@ from torch import Tensor
 from data import UserError, load_records
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
+from engine.bradley_terry import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 from engine.command_line import parse
+from engine.folders import holds, reserve, to_json, whole_directory, write_whole
 from engine.measures import accuracy, bootstrap_interval, right
-from engine.models import whole_directory
-from engine.record import environment, write_whole
+from engine.record import environment
 from engine.scoring import Pack
 from engine.settings import DiscriminatorConfig, TeachConfig, check_settings
 from policy import Policy
 from reward import checked_rewards, verifier
-from reward_model import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 
 ROLE, ABOUT = "discriminator", "discriminator.json"
 # Samples of the policy to choose one of like length from: otherwise length is the first thing that polar
@@ -362,7 +362,17 @@ def measure(policy: Policy, known: list, unseen: list, most: int) -> list:
 def train_command(argv: list) -> str:
     """Train one and test it -> the directory written; UserError for what a user can mend."""
     c = check_settings(DiscriminatorConfig(**parse(DiscriminatorConfig, argv, __doc__)))
-    check_out(c)
+    if c.out is None:
+        raise UserError("discriminator: --out DIR is needed, the directory to write")
+    with reserve(c.out, "discriminator", is_discriminator, c.overwrite, remedies=["--overwrite it"]):
+        return train_and_test(c)
+
+
+def is_discriminator(path: Path) -> bool:
+    return holds(path / ABOUT, "settings", "test")
+
+
+def train_and_test(c: DiscriminatorConfig) -> str:
     checkpointing = c.gradient_checkpointing == "on"
     options = dict(lora_rank=c.lora_rank, lora_alpha=c.lora_alpha, gradient_checkpointing=checkpointing)
     policy = load_policy(c, adapter=c.from_adapter, dtype=c.dtype, **options)
@@ -384,16 +394,6 @@ def train_command(argv: list) -> str:
         write_whole(tmp / ABOUT, json.dumps(about, indent=1) + "\n")
     print(f"It is in {c.out}: python uniapl.py --discriminator {c.out}")
     return c.out
-
-
-def check_out(c: DiscriminatorConfig):
-    """UserError unless --out can be written; --overwrite replaces a discriminator and nothing else."""
-    if c.out is None:
-        raise UserError("discriminator: --out DIR is needed, the directory to write")
-    earlier = (Path(c.out) / ABOUT).is_file()
-    if Path(c.out).exists() and not (c.overwrite and earlier):
-        or_replace = ", or --overwrite it" if earlier else ""
-        raise UserError(f"--out {c.out} exists already; choose another{or_replace}")
 
 
 def load_policy(c, **options) -> Policy:
@@ -465,8 +465,15 @@ def teach_command(argv: list) -> str:
     c = check_settings(TeachConfig(**parse(TeachConfig, argv, __doc__)))
     if c.model is None or c.out is None:
         raise UserError("teach: --model (the teacher) and --out FILE.jsonl are needed")
-    if Path(c.out).exists():
-        raise UserError(f"--out {c.out} exists already; choose another")
+    with reserve(c.out, "file of answers") as out:
+        kept = ask_teacher(c)
+        write_whole(out, "".join(to_json(record) + "\n" for record in kept))
+    print(f"They are in {c.out}: python uniapl.py --data {c.out}")
+    return c.out
+
+
+def ask_teacher(c: TeachConfig) -> list:
+    """The records to write; UserError if there are none."""
     level = c.level or ("tiny" if c.model == "tiny" else "chat")
     records = load_records(c.data, "train", c.prompts, seed=c.seed, level=level)
     if not all("constraints" in r for r in records):
@@ -481,6 +488,4 @@ def teach_command(argv: list) -> str:
         raise UserError(
             f"no answer of {c.model} passed, so there is nothing to write; take a larger model, or more --samples"
         )
-    write_whole(Path(c.out), "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
-    print(f"They are in {c.out}: python uniapl.py --data {c.out}")
-    return c.out
+    return kept

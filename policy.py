@@ -53,6 +53,7 @@ from safetensors.torch import save_file  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from engine.adapters import HEAD, PLAIN, fill, read_adapter, read_role, saved_names, trainable  # noqa: E402
+from engine.folders import reserve, whole_directory  # noqa: E402
 from engine.models import (  # noqa: E402
     DEVICE_ERRORS,
     base_name,
@@ -65,7 +66,6 @@ from engine.models import (  # noqa: E402
     pick_dtype,
     quiet,
     switch_off_dropout,
-    whole_directory,
 )
 from engine.sampling import Rollout, Sampler  # noqa: E402
 from engine.scoring import ChunkedLogProb, Pack, Scored, lora_forward, packing_error  # noqa: E402
@@ -493,9 +493,8 @@ def main(argv: list | None = None) -> int:
 
 
 def merge_command(args: Namespace) -> str:
-    if Path(args.out).exists():
-        raise UserError(f"--out {args.out} exists already; choose another")
-    difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
+    with reserve(args.out, "merged model"):
+        difference = Policy.load(args.model, adapter=args.adapter).merge(args.out)
     print(
         f"{args.out}: a 16-bit model; on a probe its log-probabilities differ from the adapter's by "
         f"{difference:.4f} nats/token on average"

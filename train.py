@@ -16,7 +16,6 @@ so a run that was stopped and resumed is the run that was never stopped.
 
 import importlib.util
 import math
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -30,13 +29,14 @@ from tqdm import tqdm
 
 from data import UserError, load_records
 from data.floor import floor_columns
-from engine.command_line import choose_command, exit_status, parse
+from engine.command_line import Stop, choose_command, exit_status, parse
 from engine.draw import draw_curves
+from engine.folders import read_jsonl, write_whole
 from engine.measures import summary
 from engine.models import first_line, trim_memory
-from engine.record import RunFolder, peak_memory, read_jsonl
+from engine.record import RunFolder, peak_memory
 from engine.report import report
-from engine.settings import check_settings
+from engine.settings import check_ranges, check_settings
 from policy import Policy, Scored
 from reward import checked_rewards, load_model_reward, verifier
 
@@ -257,11 +257,7 @@ class Trainer:
         if 0 < c.max_prompt_tokens < len(ids) or 0 < c.max_expert_tokens < longest:
             return None
         if len(ids) + max(longest, c.max_new_tokens) > policy.context:
-            raise UserError(
-                f"data {c.data}: the prompt {str(record['prompt'])[:60]!r} has {len(ids)} tokens and its answer {longest}; with "
-                f"{c.max_new_tokens} new tokens that passes the model's context of {policy.context}: set --max-prompt-tokens and "
-                "--max-expert-tokens to leave such records out"
-            )
+            raise UserError(f"data {c.data}: {too_long(record, len(ids), longest, c, policy.context)}")
         return record | {"prompt_ids": ids, **answers}
 
     def check_unknown(self):
@@ -532,6 +528,16 @@ class Trainer:
                         self.optimizer.state[p][key] = tensors[f"{key}/{name}"].to(device)
 
 
+def too_long(record, prompt, answer, c, context):
+    """What does not fit into the context, in tokens, and which flag helps: it may be the record or the samples."""
+    said = f"the prompt {str(record['prompt'])[:60]!r} has {prompt} tokens and its answer {answer}; "
+    if prompt + answer <= context and c.max_new_tokens > answer:
+        said += f"with --max-new-tokens {c.max_new_tokens} that passes the model's context of {context}: "
+        return said + f"set it to at most {context - prompt} for this prompt"
+    said += f"with {c.max_new_tokens} new tokens that passes the model's context of {context}: "
+    return said + "set --max-prompt-tokens and --max-expert-tokens to leave such records out"
+
+
 def schedule(kind, step, warmup, steps):
     """Factor on the learning rate at a step (from 0): linear warm-up, then constant, or linear or cosine to 0
     after the last step.
@@ -573,101 +579,115 @@ def load_reward(name):
 # The loop
 
 
-class Stop:
-    """Ctrl-C once: finish the step and save. Twice: KeyboardInterrupt; the last checkpoint stands."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def handle(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
 def run(method, given, reward_fn=None):
-    """Train. given: {setting: value} as from the command line. Returns the run folder's path, or None if it
-    was stopped.
+    """Train, or go on with a run. given: {setting: value} as from the command line.
+
+    Returns the run folder's path, or None if it was stopped.
     """
-    folder = RunFolder.choose(given, method)
-    resume = given.get("resume", False)
-    config = method.config(**(folder.settings(method) | {"resume": True} if resume else given))
-    if resume:
-        check_settings(wanted := method.config(**given))
-        changed = [
-            name
-            for name in given
-            if name not in ("resume", "out", "device") and getattr(wanted, name) != getattr(config, name)
-        ]
-        if changed:
+    check_ranges(method.config(**given))
+    with RunFolder.reserved(given, method) as folder:
+        config = resumed_config(method, given, folder) if given.get("resume") else method.config(**given)
+        trainer = Trainer(method, check_settings(config), reward_fn)
+        before = folder.restore(trainer) if config.resume else None
+        print(headline(trainer))
+        with Stop() as stop:
+            if before is None:
+                before = with_floor(trainer, trainer.evaluate())
+                folder.create(trainer, before, {"step": 0} | evaluation(before))
+            after = take_steps(trainer, folder, stop)
+        trainer.policy.save(folder.adapter)
+        if trainer.step < config.steps:
+            go_on = f"python {Path(sys.argv[0]).name} --resume --out {folder.path}"
+            print(f"stopped after step {trainer.step}; go on with: {go_on}", file=sys.stderr)
+            return None
+        finish(trainer, folder, before, after)
+    return folder.path
+
+
+def resumed_config(method, given, folder):
+    """The settings of the run in `folder`. UserError if it is finished, or a flag asks for other settings."""
+    if given.get("overwrite"):
+        raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    config = method.config(**folder.settings(method) | {"resume": True})
+    wanted = check_settings(method.config(**given))
+    for name in given:
+        saved = getattr(config, name)
+        if name not in ("resume", "out", "device") and getattr(wanted, name) != saved:
             raise UserError(
-                f"--resume: {changed[0]} was {getattr(config, changed[0])} in {folder.path}; leave the flag out, or start a new run"
+                f"--resume: {name} was {saved} in {folder.path}; leave the flag out, or start a new run"
             )
-        config.device = given.get("device", config.device)
-    check_settings(config)
-    trainer = Trainer(method, config, reward_fn)
-    policy = trainer.policy
-    if resume:
-        folder.restore(trainer)
-        if trainer.step >= config.steps:
-            raise UserError(
-                f"--resume: {folder.path} has finished its {config.steps} steps; go on from it with --from-adapter {folder.path}/adapter"
-            )
-        before = [s for s in read_jsonl(folder.samples) if s["step"] == 0]
-    count = sum(p.numel() for p in trainer.params.values() if p.requires_grad)
-    print(
-        f"{method.name} · {config.model} · {config.quantize if config.quantize == 'nf4' else str(policy.dtype).split('.')[-1]} on {policy.device} · "
-        f"LoRA rank {config.lora_rank}, {count / 1e6:.2f} M trained · {len(trainer.records)} training and {len(trainer.held_out)} held-out prompts"
-    )
-    with Stop() as stop:
-        if not resume:
-            before = with_floor(trainer, trainer.evaluate())
-            folder.create(trainer, before, {"step": 0} | evaluation(before))
-        with tqdm(
-            total=config.steps, initial=trainer.step, desc=method.name, unit="step", dynamic_ncols=True
-        ) as bar:  # closed before an error is reported
-            while trainer.step < config.steps and not stop.asked:
-                start = time.perf_counter()
-                metrics = method.update(trainer, trainer.next_records())
-                trainer.step += 1
-                metrics["time/update"] = time.perf_counter() - start - metrics.get("time/rollout", 0.0)
-                metrics["memory/peak"] = peak_memory()
-                due = trainer.step % config.eval_every == 0 or trainer.step == config.steps
-                if due:
-                    after = trainer.evaluate()
-                    metrics |= evaluation(after)
-                trim_memory(trainer.step)
-                folder.log({"step": trainer.step} | metrics)
-                bar.set_postfix_str(postfix(metrics))
-                bar.update()
-                if due or stop.asked:
-                    folder.save(trainer)
-                    draw_curves(
-                        read_jsonl(folder.metrics), PANELS + method.panels, folder.path / "curves.png"
-                    )
-    policy.save(folder.path / "adapter")
-    script = Path(sys.argv[0]).name
-    if trainer.step < config.steps:
-        print(
-            f"stopped after step {trainer.step}; go on with: python {script} --resume --out {folder.path}",
-            file=sys.stderr,
+    if folder.report.is_file():
+        raise UserError(
+            f"--resume: {folder.path} has finished its {config.steps} steps; go on from it with "
+            f"--from-adapter {folder.adapter}"
         )
-        return None
+    config.device = given.get("device", config.device)
+    return config
+
+
+def headline(trainer):
+    """What is trained, on what, with how much of it."""
+    c, policy = trainer.config, trainer.policy
+    kind = "nf4" if c.quantize == "nf4" else str(policy.dtype).removeprefix("torch.")
+    count = sum(p.numel() for p in trainer.params.values() if p.requires_grad)
+    return (
+        f"{trainer.method.name} · {c.model} · {kind} on {policy.device} · LoRA rank {c.lora_rank}, "
+        f"{count / 1e6:.2f} M trained · {len(trainer.records)} training and {len(trainer.held_out)} "
+        "held-out prompts"
+    )
+
+
+def take_steps(trainer, folder, stop):
+    """Steps until the last one, or until `stop` is asked for -> the last evaluation, None without one."""
+    steps, every, after = trainer.config.steps, trainer.config.eval_every, None
+    bar = tqdm(total=steps, initial=trainer.step, desc=trainer.method.name, unit="step", dynamic_ncols=True)
+    with bar:  # closed before an error is reported
+        while trainer.step < steps and not stop.asked:
+            metrics = take_step(trainer)
+            due = trainer.step % every == 0 or trainer.step == steps
+            if due:
+                after = trainer.evaluate()
+                metrics |= evaluation(after)
+            trim_memory(trainer.step)
+            folder.log({"step": trainer.step} | metrics)
+            bar.set_postfix_str(postfix(metrics))
+            bar.update()
+            if due or stop.asked:
+                folder.save(trainer)
+                draw(trainer.method, folder)
+    return after
+
+
+def take_step(trainer):
+    """One optimisation step on the run's next prompts -> its metrics."""
+    start = time.perf_counter()
+    metrics = trainer.method.update(trainer, trainer.next_records())
+    trainer.step += 1
+    metrics["time/update"] = time.perf_counter() - start - metrics.get("time/rollout", 0.0)
+    metrics["memory/peak"] = peak_memory()
+    return metrics
+
+
+def draw(method, folder):
+    lines = [{k: v for k, v in line.items() if v is not None} for line in read_jsonl(folder.metrics)]
+    draw_curves(lines, PANELS + method.panels, folder.curves)
+
+
+def finish(trainer, folder, before, after):
+    """Everything that a finished run has and an interrupted one lacks; report.txt, written last, is the sign."""
+    if after is None:  # killed after its last checkpoint: nothing was left to train
+        after = trainer.evaluate()
+        draw(trainer.method, folder)
     after = [new | floor_of(old) for old, new in zip(before, after)]
     folder.write_samples(before + after)
-    print("\n" + report(before, after))
+    text = report(before, after)
+    write_whole(folder.report, text + "\n")
+    print("\n" + text)
     print(
-        f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, adapter/ (loads with peft.PeftModel.from_pretrained)."
+        f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, report.txt, adapter/ (loads with "
+        "peft.PeftModel.from_pretrained)."
     )
-    print(f"To try next: {method.next}; or go on from here: --from-adapter {folder.path / 'adapter'}")
-    return folder.path
+    print(f"To try next: {trainer.method.next}; or go on from here: --from-adapter {folder.adapter}")
 
 
 # Panels of curves.png that every method has: (title, y label, metrics).

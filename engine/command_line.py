@@ -5,8 +5,14 @@ them. So a program reads its flags twice: first `answer_early`, then, with torch
 """
 
 import argparse
+import contextlib
 import dataclasses
+import os
+import re
+import signal
 import sys
+import tempfile
+import traceback
 import warnings
 from pathlib import Path
 
@@ -28,7 +34,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise HelpShown(status)
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Flags
 
 
@@ -111,6 +117,7 @@ def answer_early(configs, description, argv=None):
 
 def answer(read_flags):
     """answer_early for a program with a parser of its own: what read_flags() raises is its answer."""
+    use_plain_streams()
     try:
         read_flags()
     except UserError as error:
@@ -125,45 +132,68 @@ def check_flags(configs, description, argv):
     check_ranges(configs(**parse(configs, argv, description)))
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Exit status
 
 
-def exit_status(work, stopped="stopped at once; what was saved at the last checkpoint stands (--resume)"):
+class Stop:
+    """Within the block, Ctrl-C once sets `asked`, to finish the step and save; twice is KeyboardInterrupt."""
+
+    def __enter__(self):
+        self.asked = False
+        self.before = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def handle(self, *_):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step, then saving (Ctrl-C again: stop at once)", file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def exit_status(work, stopped="stopped; nothing was written"):
     """Call work() -> 0, or 130 if it returns None because it was stopped.
 
-    What a user can mend becomes one line on stderr and 2; Ctrl-C the line `stopped` and 130.
+    Whatever goes wrong becomes one line on stderr and 2: what a user can mend with its remedy, anything else
+    with where its traceback is. Ctrl-C becomes the line that the exception carries, or `stopped`, and 130.
     """
     warnings.filterwarnings("once", category=UserWarning)
-    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
+    warnings.formatwarning = lambda message, *_, **__: f"note: {one_line(str(message))}\n"
+    use_plain_streams()
     try:
-        return 130 if work() is None else 0
+        status = 130 if work() is None else 0
+        flush()
+        return status
     except HelpShown:
         return 0
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
+    except KeyboardInterrupt as error:
+        say(str(error) or stopped)
         return 130
-    except (
-        UserError,
-        OSError,
-        *known("safetensors", "SafetensorError"),
-        *known("torch", "OutOfMemoryError"),
-    ) as error:
+    except BrokenPipeError:  # as with `| head -1`: nobody reads on
+        silence()
+        return 141  # what a shell reports of a program that ends so
+    except (Exception, SystemExit) as error:  # sys.exit in a reward file is no end of ours
         return tell(error)
 
 
 def tell(error):
     """One line on stderr that says what went wrong -> exit status 2."""
-    said = first_line(error)
     if isinstance(error, UserError):
         said = str(error)
     elif isinstance(error, known("torch", "OutOfMemoryError")):
-        said = (
-            f"out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens ({said})"
-        )
+        said = "out of GPU memory; try a lower --micro-batch-tokens, --group-size or --max-new-tokens "
+        said += f"({first_line(error)})"
+    elif isinstance(error, (OSError, *known("safetensors", "SafetensorError"))):
+        said = f"a file cannot be read or written ({first_line(error)}); "
+        said += "look at the disk's room and permissions"
     else:
-        said = f"a file cannot be read or written ({said}); look at the disk's room and permissions"
-    print(f"error: {said}", file=sys.stderr)
+        what = "sys.exit was called" if isinstance(error, SystemExit) else type(error).__name__
+        said = f"unexpected: {what} ({first_line(error)}); {keep_traceback(error)}"
+    say(f"error: {said}")
     return 2
 
 
@@ -171,3 +201,63 @@ def known(module, name):
     """(error class,) if its module is imported, else (): what is not imported has raised nothing."""
     module = sys.modules.get(module)
     return (getattr(module, name),) if module else ()
+
+
+def keep_traceback(error):
+    """Write it into the run folder, or a temporary file where there is none -> a clause that says where."""
+    text = "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError, TypeError):
+        path = Path(getattr(error, "run_folder", None)) / "minigrao-error.log"
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return f"its traceback is in {path}"
+    with contextlib.suppress(OSError):
+        file, path = tempfile.mkstemp(prefix="minigrao-error-", suffix=".log")
+        with open(file, "w", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(text)
+        return f"its traceback is in {path}"
+    return "its traceback could not be kept"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def one_line(text, most=800):
+    """Text without line breaks and other control characters, and of a length that a terminal can show.
+
+    The middle is cut: a message begins with the thing and ends with the remedy.
+    """
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", text).strip()
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+
+
+def say(text):
+    """One line on stderr."""
+    with contextlib.suppress(BrokenPipeError):
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
+def use_plain_streams():
+    """Let a terminal that knows only ASCII get an escape for what it cannot show, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush():
+    """Write what stdout holds back; whether anybody still reads it is no matter of the exit status."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        silence()
+
+
+def silence():
+    """Send what is still to be written nowhere: the interpreter flushes on its way out and would complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a stream of a test, say
+            stream.flush()
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())

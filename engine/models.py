@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import transformers
 from safetensors import SafetensorError
 
 from data.errors import UserError, first_line
+from engine.folders import whole_directory
 
 try:
     import fcntl
@@ -260,25 +260,6 @@ def switch_off_dropout(hf) -> None:
         for name, rate in list(vars(module).items()):
             if isinstance(rate, float) and (isinstance(module, torch.nn.Dropout) or "drop" in name):
                 setattr(module, name, 0.0)
-
-
-@contextlib.contextmanager
-def whole_directory(directory):
-    """Yield a temporary sibling; on success it takes the directory's place, on failure it is removed and
-    nothing has changed.
-    """
-    directory = Path(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    tmp = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
-    try:
-        tmp.mkdir()
-        yield tmp
-        if directory.exists():
-            shutil.rmtree(directory)
-        tmp.rename(directory)
-    finally:
-        shutil.rmtree(tmp, ignore_errors=True)
 
 
 @contextlib.contextmanager

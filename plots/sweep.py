@@ -25,9 +25,10 @@ import train
 import uniapl
 from data import UserError
 from engine.command_line import exit_status, parse
+from engine.folders import holds, read_jsonl, reserve, to_json, write_whole
 from engine.measures import summary
 from engine.models import first_line
-from engine.record import environment, read_jsonl, write_whole
+from engine.record import environment
 from engine.settings import check_settings
 from plots import flags
 
@@ -124,9 +125,9 @@ def main(argv):
         raise UserError(f"--last {args.last}: must be at least 1")
     method = METHODS[args.method]
     given = parse(method.config, theirs, "")
-    flags.check_target(args.out, args.overwrite, ours=("command", "environment", "rows"))
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    held = reserve(args.out, "table of learning rates", is_sweep, args.overwrite, ["--overwrite it"])
+    with held as out, tempfile.TemporaryDirectory() as folder:
         measured = finished(method, args.runs, args.last) if args.runs else None
         if args.lrs:
             measured = (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs)
@@ -135,8 +136,12 @@ def main(argv):
             print(row)
             command = "python -m plots.sweep " + " ".join(argv)
             result = {"command": command, "environment": environment(), "rows": rows}
-            write_whole(args.out, json.dumps(result, indent=1) + "\n")
+            write_whole(out, to_json(result, indent=1) + "\n")
     return rows
+
+
+def is_sweep(path):
+    return holds(path, "command", "environment", "rows")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import reward
 import reward_model
 import train
 from data import UserError, load_records, messages
-from engine import measures
+from engine import bradley_terry, measures
 from engine.record import read_jsonl
 from engine.settings import check_settings
 from minigrao import GRAO
@@ -74,7 +74,7 @@ def trl_loss(chosen, rejected, margin, centre):
 def test_loss_and_gradient_are_trls(margin):
     scores = 3 * torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
     ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
-    loss, expected = reward_model.bradley_terry_loss(*ours, margin), trl_loss(*theirs, margin, None)
+    loss, expected = bradley_terry.bradley_terry_loss(*ours, margin), trl_loss(*theirs, margin, None)
     torch.testing.assert_close(loss, expected)
     loss.backward(), expected.backward()
     torch.testing.assert_close(ours.grad, theirs.grad)
@@ -82,11 +82,11 @@ def test_loss_and_gradient_are_trls(margin):
 
 def test_loss_is_stable_and_refuses_what_is_no_pair():
     chosen = torch.tensor([-1e4, 1e4], requires_grad=True)
-    loss = reward_model.bradley_terry_loss(chosen, torch.zeros(2))  # log(sigmoid(x)) would be -inf
+    loss = bradley_terry.bradley_terry_loss(chosen, torch.zeros(2))  # log(sigmoid(x)) would be -inf
     loss.backward()
     assert loss.item() == 5e3 and chosen.grad.tolist() == [-0.5, 0.0]
     assert (
-        reward_model.bradley_terry_loss(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).dtype
+        bradley_terry.bradley_terry_loss(torch.zeros(1).bfloat16(), torch.zeros(1).bfloat16()).dtype
         == torch.float32
     )
     for args in (
@@ -95,7 +95,7 @@ def test_loss_is_stable_and_refuses_what_is_no_pair():
         (torch.zeros(2), torch.zeros(2), torch.zeros(1)),
     ):
         with pytest.raises(ValueError, match="chosen and rejected"):
-            reward_model.bradley_terry_loss(*args)
+            bradley_terry.bradley_terry_loss(*args)
 
 
 GOOD, BAD = 40, 41  # the better answer of these pairs holds GOOD, the worse one BAD
@@ -109,7 +109,7 @@ def pairs(n, seed):
 def fitted(load, held_out=(), **options):
     policy = load()
     policy.add_role("reward")
-    history = reward_model.fit_scorer(
+    history = bradley_terry.fit_scorer(
         policy, "reward", pairs(24, 0), held_out, **dict(lr=1e-2, epochs=2, batch_size=8) | options
     )
     return policy, history
@@ -146,7 +146,7 @@ def test_the_loss_has_the_pairs_margins_and_the_centring_term(load):
     )
     margins = torch.tensor([0.5, 0.5, 2.0, 0.5, 0.5, 0.5])  # one pair names its own
     mixed = [(*p, 2.0) if i == 2 else p for i, p in enumerate(pairs(6, 0))]
-    line = reward_model.fit_scorer(
+    line = bradley_terry.fit_scorer(
         policy, "reward", mixed, [], lr=1e-3, batch_size=6, margin=0.5, centre=0.1, max_tokens_per_pass=20
     )[0]
     assert line["train/loss"] == pytest.approx(float(trl_loss(*scores, margins, 0.1)), rel=1e-4)
@@ -162,7 +162,7 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
         and history[-1]["held_out/accuracy"] < best
         and history[-1]["best_step"] == history[-4]["step"]
     )
-    kept = reward_model.group_scores(
+    kept = bradley_terry.group_scores(
         policy, "reward", [p[0] for p in reversed_], [list(p[1:]) for p in reversed_]
     )
     assert measures.accuracy(*zip(*kept)) == best
@@ -182,6 +182,8 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
             [0.66, 0.60, 0.65, 0.66],
             3,
         ),  # what was best is left behind by a higher accuracy
+        # and then one that had been passed over may be the best: 0.79 leaves 0.745 behind, and 0.775 has less loss than it
+        ([0.745, 0.775, 0.79, 0.6], [0.50, 0.55, 0.70, 0.9], 2),
     ],
 )
 def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(
@@ -189,20 +191,20 @@ def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(
 ):
     policy, said = load(), iter(zip(accuracies, losses))
     policy.add_role("reward")
-    real = reward_model.bradley_terry_loss
+    real = bradley_terry.bradley_terry_loss
 
     def evaluation(*_):
         right, loss = next(said)
-        monkeypatch.setattr(reward_model, "accuracy", lambda *_: right)
+        monkeypatch.setattr(bradley_terry, "accuracy", lambda *_: right)
         monkeypatch.setattr(
-            reward_model,
+            bradley_terry,
             "bradley_terry_loss",
             lambda better, worse, margin=None: real(better, worse, margin) if better.requires_grad else loss,
         )
         return [[0.0, 0.0]] * 100
 
-    monkeypatch.setattr(reward_model, "group_scores", evaluation)
-    history = reward_model.fit_scorer(
+    monkeypatch.setattr(bradley_terry, "group_scores", evaluation)
+    history = bradley_terry.fit_scorer(
         policy, "reward", pairs(8, 0), pairs(100, 1), batch_size=2, eval_every=1
     )
     assert len(history) == 4 and history[-1]["best_step"] == best
@@ -217,14 +219,14 @@ def test_scores_come_back_in_order_whatever_the_batches(load):
     )
     alone = [policy.sequence_scores([p], [group])[0].tolist() for p, group in zip(prompts, groups)]
     for most in (1, 30, 4096):
-        for row, expected in zip(reward_model.group_scores(policy, "reward", prompts, groups, most), alone):
+        for row, expected in zip(bradley_terry.group_scores(policy, "reward", prompts, groups, most), alone):
             assert row == pytest.approx(expected, abs=1e-5)
     with torch.no_grad():
         policy.heads["reward"].weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        reward_model.group_scores(policy, "reward", prompts, groups)
+        bradley_terry.group_scores(policy, "reward", prompts, groups)
     with pytest.raises(UserError, match="not finite"):
-        reward_model.fit_scorer(policy, "reward", pairs(4, 0), [])
+        bradley_terry.fit_scorer(policy, "reward", pairs(4, 0), [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -702,6 +704,7 @@ def test_flags_and_files_that_cannot_be_used(trained, tmp_path, capsys):
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     (tmp_path / "samples.jsonl").write_text('{"step": 0}\n')
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("not a reward model")
     new = tmp_path / "new"
     for flags, words in (
         ([], "no command"),
@@ -737,6 +740,6 @@ def test_an_interrupted_training_leaves_nothing(tmp_path, monkeypatch, capsys):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(reward, "fit_scorer", stop)
+    monkeypatch.setattr(reward_model, "fit_scorer", stop)
     assert command("train", *SMALL, "--out", tmp_path / "reward") == 130
     assert list(tmp_path.iterdir()) == [] and "nothing was written" in capsys.readouterr().err

@@ -98,6 +98,7 @@ def test_script_trains_shows_and_saves(finished):
         "checkpoint.safetensors",
         "adapter",
         "curves.png",
+        "report.txt",
     }
     lines = read_jsonl(out / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -280,6 +281,7 @@ RECORD = {"prompt": "list 3 animals", "chosen": "cat dog fox"}
         (["--temperature", "0"], "--temperature"),
         (["--beta", "-0.5"], "--beta"),
         (["--max-new-tokens", "1000000000"], "--max-new-tokens"),
+        (["--max-new-tokens", "4096"], "--max-new-tokens 4096 that passes"),
         (["--group", "everyone"], "--group"),
         (["--without", "sleep"], "--without"),
         (["--no-such-flag"], "--no-such-flag"),
@@ -288,6 +290,10 @@ RECORD = {"prompt": "list 3 animals", "chosen": "cat dog fox"}
         (["--resume"], "--out"),
         (["--out", "{tmp}"], "exists"),
         (["--out", "{tmp}", "--overwrite"], "not a run folder"),
+        (["--out", "."], "working directory"),
+        (["--out", "..", "--overwrite"], "working directory"),
+        (["--out", "{tmp}/plain.jsonl/run"], "cannot be used"),
+        (["--out", "x" * 300], "cannot be used"),
     ],
 )
 def test_bad_input(flags, named, tmp_path, capsys):
@@ -318,7 +324,8 @@ def test_bad_input(flags, named, tmp_path, capsys):
 def test_resume_with_changed_settings_and_after_the_end(finished, capsys):
     out, _ = finished
     before = (out / "checkpoint.safetensors").read_bytes()
-    for flags, named in ((["--lr", "0.5"], "lr"), (["--beta", "1"], "beta"), ([], "finished")):
+    cases = (["--lr", "0.5"], "lr"), (["--beta", "1"], "beta"), ([], "finished"), (["--overwrite"], "one of")
+    for flags, named in cases:
         assert grao("--resume", "--out", out, *flags) == 2
         assert named in capsys.readouterr().err
     assert (out / "checkpoint.safetensors").read_bytes() == before
@@ -366,7 +373,9 @@ def test_log_line_that_does_not_fit_leaves_no_half(tmp_path, monkeypatch):
             self.file.flush()
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("builtins.open", lambda path, mode, real=open: Full(real(path, mode)))
+    monkeypatch.setattr(
+        "builtins.open", lambda path, mode, real=open, **options: Full(real(path, mode, **options))
+    )
     with pytest.raises(UserError, match="metrics.jsonl.*No space left"):
         folder.log({"step": 2})
     monkeypatch.undo()
