@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,67 +73,51 @@ def group_scores(policy, role, prompts, groups, most=4096):
 
 
 def fit_scorer(
-    policy,
-    role,
-    pairs,
-    held_out,
+    policy: Policy,
+    role: str,
+    pairs: list,
+    held_out: list,
     *,
-    lr=1e-4,
-    epochs=1,
-    batch_size=16,
-    margin=0.0,
-    centre=0.0,
-    eval_every=0,
-    patience=0,
-    seed=0,
-    max_tokens_per_pass=4096,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    log=None,
-):
-    """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a list of dicts, one per evaluation.
+    lr: float = 1e-4,
+    epochs: int = 1,
+    batch_size: int = 16,
+    margin: float = 0.0,
+    centre: float = 0.0,
+    eval_every: int = 0,
+    patience: int = 0,
+    seed: int = 0,
+    max_tokens_per_pass: int = 4096,
+    weight_decay: float = 0.01,
+    max_grad_norm: float = 1.0,
+    log: Callable | None = None,
+) -> list[dict]:
+    """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a dict an evaluation.
 
-    pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair is one group of
-    two, its prompt computed once. margin: of pairs that name none. centre: weight of mean (chosen + rejected)^2, which keeps scores near
-    0 (Eisenstein et al., arXiv 2312.09244). The learning rate falls linearly to 0 after 5 % of warm-up. held_out is evaluated every
-    eval_every batches (0: eight times in all); after `patience` evaluations without a better one (0: never) training stops.
-    The role ends with the parameters of its best evaluation: of those whose accuracy is within one standard error of the highest so
-    far, the one of lowest loss (a few hundred pairs cannot tell their accuracies apart); without held_out pairs with the last ones.
-    The seed decides the order of the pairs; max_tokens_per_pass bounds memory and does not change the gradient.
-    log(line) is called with every line of the history. UserError for no pair or a loss that is not finite.
+    pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair
+    is one group of two, its prompt computed once. margin: of pairs that name none. centre: weight of mean (chosen +
+    rejected)^2, which keeps scores near 0 (Eisenstein et al., arXiv 2312.09244). The learning rate falls linearly to
+    0 after 5 % of warm-up. held_out is evaluated every eval_every batches (0: eight times in all); after `patience`
+    evaluations without a better one (0: never) training stops. The role ends with the parameters of the evaluation
+    that `best_evaluation` chooses; without held_out pairs with the last ones. The seed decides the order of the
+    pairs; max_tokens_per_pass bounds memory and does not change the gradient. log(line) is called with every line of
+    the history, which also stays in policy.fitted[role]. UserError for no pair or a loss that is not finite.
     """
     if not pairs:
         raise UserError(f"role {role}: no pair to learn from")
-    params = policy.trainable(role) | {
-        f"{role}_head.{n}": p for n, p in policy.heads[role].named_parameters()
-    }
+    heads = {f"{role}_head.{n}": p for n, p in policy.heads[role].named_parameters()}
+    params = policy.trainable(role) | heads
     optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay)
     steps = epochs * math.ceil(len(pairs) / batch_size)
     warmup, eval_every = math.ceil(0.05 * steps), eval_every or math.ceil(steps / 8)
-    history, best, kept, losses, highest, start = [], None, None, [], 0.0, time.perf_counter()
+    history, kept, losses, start = [], {}, [], time.perf_counter()
     for step in range(steps):
-        epoch, begin = divmod(step * batch_size, batch_size * math.ceil(len(pairs) / batch_size))
-        order = torch.randperm(
-            len(pairs), generator=torch.Generator().manual_seed(seed * 7919 + epoch)
-        ).tolist()
-        batch = [pairs[i] for i in order[begin : begin + batch_size]]
-        prompts, groups = [p[0] for p in batch], [[p[1], p[2]] for p in batch]
-        for part in micro_batches(prompts, groups, max_tokens_per_pass):
-            with policy.role(role):  # around the backward pass, too, for gradient checkpointing
-                scores = policy.sequence_scores(
-                    [prompts[i] for i in part], [groups[i] for i in part], role
-                )  # (b, 2)
-                wanted = scores.new_tensor([batch[i][3] if len(batch[i]) > 3 else margin for i in part])
-                loss = (
-                    bradley_terry_loss(scores[:, 0], scores[:, 1], wanted)
-                    + centre * scores.sum(1).square().mean()
-                )
-                (loss * len(part) / len(batch)).backward()
-            losses += [float(loss.detach())] * len(part)
+        seen, batch = nth_batch(pairs, step, batch_size, seed)
+        losses += gather_gradient(policy, role, batch, margin, centre, max_tokens_per_pass)
         norm = float(torch.nn.utils.clip_grad_norm_(params.values(), max_grad_norm))
         if not math.isfinite(norm) or not math.isfinite(losses[-1]):
             raise UserError(
-                f"role {role}: loss or gradient is not finite at batch {step + 1}; try a lower --lr or --dtype float32"
+                f"role {role}: loss or gradient is not finite at batch {step + 1}; "
+                "try a lower --lr or --dtype float32"
             )
         for group in optimizer.param_groups:
             group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -141,45 +126,93 @@ def fit_scorer(
         trim_memory(step + 1)
         if (step + 1) % eval_every and step + 1 < steps:
             continue
-        line = {
-            "step": step + 1,
-            "pairs": min((epoch * len(pairs)) + begin + batch_size, (epoch + 1) * len(pairs)),
-            "train/loss": sum(losses) / len(losses),
-            "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        losses = []
+        line = {"step": step + 1, "pairs": seen, "train/loss": sum(losses) / len(losses), "grad_norm": norm}
+        line["lr"], losses, best = optimizer.param_groups[0]["lr"], [], None
+        history.append(line)
         if held_out:
-            scores = torch.tensor(
-                group_scores(
-                    policy,
-                    role,
-                    [p[0] for p in held_out],
-                    [[p[1], p[2]] for p in held_out],
-                    max_tokens_per_pass,
-                )
-            )
-            right, loss = (
-                accuracy(scores[:, 0], scores[:, 1]),
-                float(bradley_terry_loss(scores[:, 0], scores[:, 1])),
-            )
-            line |= {"held_out/accuracy": right, "held_out/loss": loss}
-            highest = max(highest, right)
-            near = highest - math.sqrt(highest * (1 - highest) / len(held_out))
-            if best is None or best[0] < near or (right >= near and loss < best[1]):
-                best = (right, loss, step + 1, len(history))
-                kept = {n: p.detach().clone() for n, p in params.items()}
-            line["best_step"] = best[2]
-        history.append(line | {"time": time.perf_counter() - start})
+            line |= evaluate_pairs(policy, role, held_out, max_tokens_per_pass)
+            kept[len(history) - 1] = {n: p.detach().clone() for n, p in params.items()}
+            best = best_evaluation(history, len(held_out))
+            line["best_step"] = history[best]["step"]
+            kept = {i: kept[i] for i in kept if may_be_best(i, history, len(held_out))}
+        line["time"] = time.perf_counter() - start
         if log:
-            log(history[-1])
-        if best and patience and len(history) - 1 - best[3] >= patience:
+            log(line)
+        if held_out and patience and len(history) - 1 - best >= patience:
             break
-    if kept:
+    if held_out:
         with torch.no_grad():
             for name, p in params.items():
-                p.copy_(kept[name])
+                p.copy_(kept[best][name])
+    policy.fitted[role] = history
     return history
+
+
+def nth_batch(pairs, step, batch_size, seed):
+    """-> how many pairs have been seen with this batch, and its pairs; every epoch has an order of its own."""
+    epoch, i = divmod(step, math.ceil(len(pairs) / batch_size))
+    generator = torch.Generator().manual_seed(seed * 7919 + epoch)
+    order = torch.randperm(len(pairs), generator=generator).tolist()[i * batch_size :][:batch_size]
+    return epoch * len(pairs) + i * batch_size + len(order), [pairs[j] for j in order]
+
+
+def gather_gradient(policy, role, batch, margin, centre, most):
+    """The backward pass of one batch of pairs, a few at a time -> each pair's loss, as the mean of its pass."""
+    prompts, groups, losses = [p[0] for p in batch], [[p[1], p[2]] for p in batch], []
+    for part in micro_batches(prompts, groups, most):
+        with policy.role(role):  # around the backward pass, too, for gradient checkpointing
+            scores = policy.sequence_scores(
+                [prompts[i] for i in part], [groups[i] for i in part], role
+            )  # (b, 2)
+            wanted = scores.new_tensor([batch[i][3] if len(batch[i]) > 3 else margin for i in part])
+            loss = bradley_terry_loss(scores[:, 0], scores[:, 1], wanted)
+            loss = loss + centre * scores.sum(1).square().mean()
+            (loss * len(part) / len(batch)).backward()
+        losses += [float(loss.detach())] * len(part)
+    return losses
+
+
+def evaluate_pairs(policy, role, held_out, most):
+    scores = group_scores(policy, role, [p[0] for p in held_out], [[p[1], p[2]] for p in held_out], most)
+    better, worse = torch.tensor(scores).T
+    return {
+        "held_out/accuracy": accuracy(better, worse),
+        "held_out/loss": float(bradley_terry_loss(better, worse)),
+    }
+
+
+def best_evaluation(history: list[dict], pairs: int) -> int:
+    """Which evaluation of a history to keep, by index: of those whose accuracy is within one standard error of the
+    highest, the one of lowest loss, the first of equals. A few hundred pairs cannot tell their accuracies apart.
+
+    All evaluations so far are compared, each time anew: one that was not the best can become it when a higher
+    accuracy leaves the best one behind.
+    """
+    near = near_highest(history, pairs)
+    close = [i for i, line in enumerate(history) if line["held_out/accuracy"] >= near]
+    return min(close, key=lambda i: history[i]["held_out/loss"])
+
+
+def near_highest(history, pairs):
+    """One standard error below the highest accuracy of a history: what is above cannot be told apart from it."""
+    highest = max(line["held_out/accuracy"] for line in history)
+    return highest - math.sqrt(highest * (1 - highest) / pairs)
+
+
+def may_be_best(i: int, history: list[dict], pairs: int) -> bool:
+    """Whether an evaluation is the best one or can yet become it, so that its parameters must be kept.
+
+    Not if it is too far below the highest accuracy, which never falls; nor if another is as accurate with a loss as
+    low, which then stands before it for good.
+    """
+    one = history[i]
+    if one["held_out/accuracy"] < near_highest(history, pairs):
+        return False
+    for j, other in enumerate(history):
+        before = (other["held_out/loss"], j) < (one["held_out/loss"], i)
+        if before and other["held_out/accuracy"] >= one["held_out/accuracy"]:
+            return False
+    return True
 
 
 class RoleScorer:

@@ -182,6 +182,8 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
             [0.66, 0.60, 0.65, 0.66],
             3,
         ),  # what was best is left behind by a higher accuracy
+        # The first is best until the third leaves it behind; then the second has the lowest loss of the rest.
+        ([0.74, 0.775, 0.79, 0.6], [0.50, 0.55, 0.70, 0.9], 2),
     ],
 )
 def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(
@@ -202,10 +204,17 @@ def test_accuracies_that_cannot_be_told_apart_are_decided_by_the_loss(
         return [[0.0, 0.0]] * 100
 
     monkeypatch.setattr(reward_model, "group_scores", evaluation)
+    after = []  # the parameters at each evaluation
+
+    def log(line):
+        after.append([p.detach().clone() for p in parameters(policy)])
+
     history = reward_model.fit_scorer(
-        policy, "reward", pairs(8, 0), pairs(100, 1), batch_size=2, eval_every=1
+        policy, "reward", pairs(8, 0), pairs(100, 1), batch_size=2, eval_every=1, log=log
     )
     assert len(history) == 4 and history[-1]["best_step"] == best
+    assert all(map(torch.equal, parameters(policy), after[best - 1]))
+    assert not all(map(torch.equal, parameters(policy), after[best % 4]))
 
 
 def test_scores_come_back_in_order_whatever_the_batches(load):
