@@ -23,8 +23,9 @@ from policy import Policy
 def bradley_terry_loss(chosen, rejected, margin=None):
     """-mean log sigmoid(chosen - rejected - margin): Bradley-Terry's negative log-likelihood -> scalar, nats.
 
-    chosen, rejected: (N,) scores of the better and the worse answer of each pair, with gradient; margin: None, a number, or (N,), how far
-    apart they should be (Llama 2, arXiv 2307.09288, eq. (2)). At least fp32; does not overflow. ValueError for other shapes, or no pair.
+    chosen, rejected: (N,) scores of the better and the worse answer of each pair, with gradient; margin:
+    None, a number, or (N,), how far apart they should be (Llama 2, arXiv 2307.09288, eq. (2)). At least fp32;
+    does not overflow. ValueError for other shapes, or no pair.
     """
     if (
         chosen.shape != rejected.shape
@@ -39,7 +40,9 @@ def bradley_terry_loss(chosen, rejected, margin=None):
 
 
 def micro_batches(prompts, groups, most):
-    """Groups (a prompt's ids with G answers' ids) of one size and like lengths -> lists of indices, each of at most `most` tokens or one group."""
+    """Groups (a prompt's ids with G answers' ids) of one size and like lengths -> lists of indices, each of
+    at most `most` tokens or one group.
+    """
     tokens = [len(p) + sum(map(len, group)) for p, group in zip(prompts, groups, strict=True)]
     batch = []
     for i in sorted(range(len(groups)), key=lambda i: (len(groups[i]), tokens[i])):
@@ -55,9 +58,11 @@ def micro_batches(prompts, groups, most):
 
 @torch.no_grad()
 def group_scores(policy, role, prompts, groups, most=4096):
-    """A role's scores of each prompt's answers -> list of lists of floats. prompts: lists of ids; groups: for each a list of answers' ids.
+    """A role's scores of each prompt's answers -> list of lists of floats. prompts: lists of ids; groups: for
+    each a list of answers' ids.
 
-    A prompt is computed once for all its answers; at most `most` tokens, or one group, at a time. UserError for a score that is not finite.
+    A prompt is computed once for all its answers; at most `most` tokens, or one group, at a time. UserError
+    for a score that is not finite.
     """
     scores = [None] * len(groups)
     for part in micro_batches(prompts, groups, most):
@@ -91,16 +96,18 @@ def fit_scorer(
     max_grad_norm: float = 1.0,
     log: Callable | None = None,
 ) -> list[dict]:
-    """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a dict an evaluation.
+    """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a dict an
+    evaluation.
 
-    pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair
-    is one group of two, its prompt computed once. margin: of pairs that name none. centre: weight of mean (chosen +
-    rejected)^2, which keeps scores near 0 (Eisenstein et al., arXiv 2312.09244). The learning rate falls linearly to
-    0 after 5 % of warm-up. held_out is evaluated every eval_every batches (0: eight times in all); after `patience`
-    evaluations without a better one (0: never) training stops. The role ends with the parameters of the evaluation
-    that `best_evaluation` chooses; without held_out pairs with the last ones. The seed decides the order of the
-    pairs; max_tokens_per_pass bounds memory and does not change the gradient. log(line) is called with every line of
-    the history, which also stays in policy.fitted[role]. UserError for no pair or a loss that is not finite.
+    pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their
+    EOS. A pair is one group of two, its prompt computed once. margin: of pairs that name none. centre: weight
+    of mean (chosen + rejected)^2, which keeps scores near 0 (Eisenstein et al., arXiv 2312.09244). The
+    learning rate falls linearly to 0 after 5 % of warm-up. held_out is evaluated every eval_every batches (0:
+    eight times in all); after `patience` evaluations without a better one (0: never) training stops. The role
+    ends with the parameters of the evaluation that `best_evaluation` chooses; without held_out pairs with the
+    last ones. The seed decides the order of the pairs; max_tokens_per_pass bounds memory and does not change
+    the gradient. log(line) is called with every line of the history, which also stays in policy.fitted[role].
+    UserError for no pair or a loss that is not finite.
     """
     if not pairs:
         raise UserError(f"role {role}: no pair to learn from")
@@ -182,8 +189,9 @@ def evaluate_pairs(policy, role, held_out, most):
 
 
 def best_evaluation(history: list[dict], pairs: int) -> int:
-    """Which evaluation of a history to keep, by index: of those whose accuracy is within one standard error of the
-    highest, the one of lowest loss, the first of equals. A few hundred pairs cannot tell their accuracies apart.
+    """Which evaluation of a history to keep, by index: of those whose accuracy is within one standard error
+    of the highest, the one of lowest loss, the first of equals. A few hundred pairs cannot tell their
+    accuracies apart.
 
     All evaluations so far are compared, each time anew: one that was not the best can become it when a higher
     accuracy leaves the best one behind.
@@ -202,8 +210,8 @@ def near_highest(history, pairs):
 def may_be_best(i: int, history: list[dict], pairs: int) -> bool:
     """Whether an evaluation is the best one or can yet become it, so that its parameters must be kept.
 
-    Not if it is too far below the highest accuracy, which never falls; nor if another is as accurate with a loss as
-    low, which then stands before it for good.
+    Not if it is too far below the highest accuracy, which never falls; nor if another is as accurate with a
+    loss as low, which then stands before it for good.
     """
     one = history[i]
     if one["held_out/accuracy"] < near_highest(history, pairs):
@@ -216,8 +224,10 @@ def may_be_best(i: int, history: list[dict], pairs: int) -> bool:
 
 
 class RoleScorer:
-    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and for each a list of answers'
-    texts -> list of lists of raw scores, read at the EOS that is put behind every answer. UserError for a text beyond the context."""
+    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and
+    for each a list of answers' texts -> list of lists of raw scores, read at the EOS that is put behind every
+    answer. UserError for a text beyond the context.
+    """
 
     def __init__(self, policy, role, most=4096):
         self.policy, self.role, self.most, self.context = policy, role, most, policy.context
@@ -235,9 +245,11 @@ class RoleScorer:
 
 
 class Classifier:
-    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template. Called as RoleScorer; the score is
-    logits[0] of the whole templated conversation, as transformers gives it (its templates write BOS and EOS themselves: none is added).
-    It is loaded in the compute type, whatever --quantize says."""
+    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template.
+    Called as RoleScorer; the score is logits[0] of the whole templated conversation, as transformers gives it
+    (its templates write BOS and EOS themselves: none is added). It is loaded in the compute type, whatever
+    --quantize says.
+    """
 
     def __init__(self, name, device="auto", dtype="auto", most=4096):
         self.name, self.most, self.device = name, most, pick_device(device)
@@ -332,7 +344,9 @@ def refuse_longer(tokens, context, prompt):
 
 
 def tokenizer_print(tokenizer):
-    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat template tell."""
+    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat
+    template tell.
+    """
     return hashlib.sha256(
         json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()
     ).hexdigest()[:16]
@@ -348,8 +362,8 @@ def find_scorer(name):
 def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
 
-    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside,
-    in NF4 if it was trained so.
+    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice;
+    another's backbone is loaded beside, in NF4 if it was trained so.
     """
     directory = find_scorer(name)
     if not (directory / "adapter_config.json").is_file():
@@ -414,10 +428,12 @@ Reply B: {b}
 
 
 class Judge:
-    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B", and nothing is sampled.
+    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B",
+    and nothing is sampled.
 
-    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they disagree. As a reward
-    function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut loses. The model is the Policy's reference: the adapter is off.
+    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they
+    disagree. As a reward function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut
+    loses. The model is the Policy's reference: the adapter is off.
     """
 
     def __init__(self, policy, name, criterion="helpful", most=4096):
@@ -447,7 +463,9 @@ class Judge:
 
     @torch.no_grad()
     def log_odds(self, prompts, answers, references):
-        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as B. And the mean probability of A or B."""
+        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as
+        B. And the mean probability of A or B.
+        """
         asked = [
             self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))
         ]

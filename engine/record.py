@@ -98,6 +98,7 @@ class RunFolder:
             started.write_samples(samples)
             started.log(metrics)
             started.save(trainer)
+            trainer.policy.save_fitted(tmp)
 
     def settings(self, method):
         try:
