@@ -132,6 +132,7 @@ class RunFolder:
             started.write_samples(samples)
             started.log(metrics)
             started.save(trainer)
+            trainer.policy.save_fitted(tmp)
         self.begun = True
 
     def log(self, metrics):

@@ -10,13 +10,15 @@ from conftest import randomise_all
 from test_uniapl import FEW, SMALL, trainer
 
 import discriminator
+import train
 from data import UserError, chat_tasks, load_records, tiny_tasks
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from discriminator import DiscriminatorConfig, another_expert, condition, expert_pairs, measure, scores
+from engine.folders import read_jsonl
 from engine.settings import check_settings
 from policy import Policy
-from uniapl import command_line
+from uniapl import UNIAPL, command_line
 
 PROMPTS, EXPERTS = [[5, 6, 7], [8, 9]], [[20, 21, 3], [22, 3]]
 CANDIDATES = [[[10, 11, 12, 3], [14, 3]], [[15, 16, 3], [17, 18, 19]]]
@@ -297,3 +299,27 @@ def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
     )
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_runs_polar_discriminator_stays_with_it_and_repeats_it(tmp_path):
+    """Which of its checkpoints is kept hangs on rounding, so that another CPU could not repeat a run of
+    UniAPL.
+    """
+    small = "--model tiny --device cpu --quantize none --steps 1 --prompts-per-step 2 --group-size 2 --eval-prompts 2"
+    small += " --discriminator-pairs 20 --discriminator-epochs 1"
+    for name, kind in (("run", "polar"), ("again", tmp_path / "run" / "discriminator")):
+        flags = [*small.split(), "--discriminator", str(kind), "--out", str(tmp_path / name)]
+        assert train.main(UNIAPL, flags) == 0
+    assert {p.name for p in (tmp_path / "run" / "discriminator").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "discriminator.json",
+    }
+    assert not (tmp_path / "again" / "discriminator").exists()  # it was not trained there
+
+    def numbers(name):
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        unlike = ("time/", "memory/", "tokens/per_second")
+        return [{k: v for k, v in line.items() if not k.startswith(unlike)} for line in lines]
+
+    assert numbers("run") == numbers("again") and "score/policy" in numbers("run")[1]
