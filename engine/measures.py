@@ -16,14 +16,17 @@ def pair(a, b):
 
 
 def accuracy(better, worse):
-    """Share of pairs whose better answer scores higher, (N,) each; a tie counts half, so that scoring everything the same is worth 0.5."""
+    """Share of pairs whose better answer scores higher, (N,) each; a tie counts half, so that scoring
+    everything the same is worth 0.5.
+    """
     better, worse = pair(better, worse)
     return float(((better > worse) + 0.5 * (better == worse)).mean())
 
 
 def ras(rewards, reference_rewards):
-    """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the answer is
-    rewarded above the expert answer y (the paper's y_ref), as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is "win".
+    """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the
+    answer is rewarded above the expert answer y (the paper's y_ref), as it, and below it -> {"win", "tie",
+    "loss"}. The paper's RAS is "win".
 
     Two equally long sequences or tensors; ValueError on other lengths, none at all, or NaN.
     """
@@ -32,7 +35,8 @@ def ras(rewards, reference_rewards):
 
 
 def nag(post, pre):
-    """Normalized Alignment Gain (arXiv 2508.07750) of the trained policy's rewards over those before training.
+    """Normalized Alignment Gain (arXiv 2508.07750) of the trained policy's rewards over those before
+    training.
 
     {"signed": wins minus losses, in [-1, 1], which is what the paper's tables hold (one entry is negative);
      "indicator": share of strict wins, the formula as printed}. ValueError as for ras.
@@ -42,9 +46,11 @@ def nag(post, pre):
 
 
 def bootstrap_interval(values, level=0.95, n=2000, seed=0):
-    """Percentile bootstrap (low, high) of the mean of `values`, (prompts,) or (prompts, samples): prompts are redrawn
-    with replacement, because samples of one prompt are not independent. Equal values give an interval of width 0, which
-    says little below about 30 prompts. ValueError for no values or NaN, or a level outside (0, 1)."""
+    """Percentile bootstrap (low, high) of the mean of `values`, (prompts,) or (prompts, samples): prompts are
+    redrawn with replacement, because samples of one prompt are not independent. Equal values give an interval
+    of width 0, which says little below about 30 prompts. ValueError for no values or NaN, or a level outside
+    (0, 1).
+    """
     values = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=float)
     if values.size == 0 or np.isnan(values).any() or not 0 < level < 1:
         raise ValueError("bootstrap_interval wants at least one value, no NaN, and a level between 0 and 1")
@@ -55,10 +61,12 @@ def bootstrap_interval(values, level=0.95, n=2000, seed=0):
 
 
 def calibration(better, worse, bins=10):
-    """How far sigmoid(|score difference|), the model's probability that the answer it prefers is the better one, is from being right.
+    """How far sigmoid(|score difference|), the model's probability that the answer it prefers is the better
+    one, is from being right.
 
-    better, worse: (N,) scores -> {"ece": expected calibration error, sum over bins of n/N |accuracy - confidence| (Guo et al., arXiv
-    1706.04599), "bins": [{"n", "confidence", "accuracy"}]} over equal parts of [0.5, 1]; a tie is right by half.
+    better, worse: (N,) scores -> {"ece": expected calibration error, sum over bins of n/N |accuracy -
+    confidence| (Guo et al., arXiv 1706.04599), "bins": [{"n", "confidence", "accuracy"}]} over equal parts of
+    [0.5, 1]; a tie is right by half.
     """
     d = np.asarray(better, dtype=float) - np.asarray(worse, dtype=float)
     confidence, right = 1 / (1 + np.exp(-np.abs(d))), (d > 0) + 0.5 * (d == 0)
@@ -76,7 +84,9 @@ def calibration(better, worse, bins=10):
 
 
 def by_length(better, worse, lengths, parts=5):
-    """Accuracy where the chosen answer is the shorter one, and where it is the longer: quantile bins of len(chosen) - len(rejected), tokens."""
+    """Accuracy where the chosen answer is the shorter one, and where it is the longer: quantile bins of
+    len(chosen) - len(rejected), tokens.
+    """
     d, longer = (
         np.asarray(better, dtype=float) - np.asarray(worse, dtype=float),
         np.array([a - b for a, b in lengths]),
@@ -97,7 +107,9 @@ def by_length(better, worse, lengths, parts=5):
 
 
 def measures(scores, lengths):
-    """scores, lengths (N, 2) of chosen and rejected -> every number that report_pairs prints and calibration.png shows."""
+    """scores, lengths (N, 2) of chosen and rejected -> every number that report_pairs prints and
+    calibration.png shows.
+    """
     (better, worse), (longer, shorter) = np.array(scores, dtype=float).T, np.array(lengths, dtype=float).T
     right, by_words = (
         (better > worse) + 0.5 * (better == worse),
@@ -150,7 +162,9 @@ def report_pairs(name, m):
 
 
 def against_experts(rewards, experts):
-    """rewards and the expert answers' rewards, before and after, as (before, after) -> lines of a report: mean, RAS, NAG, with intervals over prompts."""
+    """rewards and the expert answers' rewards, before and after, as (before, after) -> lines of a report:
+    mean, RAS, NAG, with intervals over prompts.
+    """
     lines = []
     for word, r, y in zip(("before", "after"), rewards, experts):
         shares, (low, high) = ras(r, y), bootstrap_interval(np.greater(r, y))
@@ -170,7 +184,8 @@ def against_experts(rewards, experts):
 
 
 def distinct(groups, n, ends):
-    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's samples, mean over prompts.
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's samples,
+    mean over prompts.
 
     groups: B lists of G lists of ids; ends: the EOS ids, which are left out. {} where no sample has n tokens.
     """
@@ -184,7 +199,9 @@ def distinct(groups, n, ends):
 
 
 def summary(samples):
-    """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval of its wins, length."""
+    """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval
+    of its wins, length.
+    """
     rewards, experts = (np.array([s[k] for s in samples], dtype=float) for k in ("reward", "expert_reward"))
     low, high = bootstrap_interval(rewards)
     q25, median, q75 = np.quantile(rewards, [0.25, 0.5, 0.75]).tolist()
