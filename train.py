@@ -5,8 +5,8 @@ A method is a `settings.Method`; its `update(trainer, records) -> metrics` takes
 records with the trainer's help, and its file calls `main(METHOD)`. The help, in the order in which a step
 asks for it:
 
-    batch = trainer.rollout(records)                 # G samples of the policy for each prompt, and their rewards (B, G)
-    for part in trainer.scored(batch, sums):         # a micro-batch: logps, ref_logps, mask (b, G, T)
+    batch = trainer.rollout(records)            # G samples of the policy for each prompt, rewards (B, G)
+    for part in trainer.scored(batch, sums):    # a micro-batch: logps, ref_logps, mask (b, G, T)
         loss(part.logps, ..., A[part.groups]).backward()
     metrics = batch.metrics | sums.means() | trainer.optimizer_step()
 
@@ -40,7 +40,7 @@ from engine.settings import check_ranges, check_settings
 from policy import Policy, Scored
 from reward import checked_rewards, load_model_reward, verifier
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # What a step works on
 
 
@@ -67,6 +67,13 @@ class Sums:
         are not averaged.
         """
         self.shares[name] += float(value.detach())
+
+    def ratio(self, about: dict):
+        """What losses.clipped_surrogate says of a micro-batch's ratio pi / pi_old."""
+        names = {"clip_fraction_low": "clip/low", "clip_fraction_high": "clip/high", "approx_kl": "kl/update"}
+        for key, name in names.items():
+            self.mean(name, about[key], about["tokens"])
+        self.max("ratio/max", about["ratio_max"])
 
     def max(self, name: str, value: Tensor):
         self.largest[name] = max(self.largest.get(name, 0.0), float(value))
@@ -149,7 +156,7 @@ class Batch:
         return torch.cat([torch.nn.functional.pad(x, (0, T - x.shape[-1])) for x in tensors])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The trainer
 
 
@@ -191,7 +198,7 @@ class Trainer:
         self.param_groups.append({"params": list(params.values()), "base_lr": lr})
 
     # -- data
-    # ---------------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
 
     def load_data(self, wanted):
         """self.records, self.held_out. UserError where they lack a column that the reward or the method
@@ -208,13 +215,14 @@ class Trainer:
         self.held_out = load_records(c.data, "heldout", wanted["held_out"], seed=0, level=level)
         if self.reward_fn is verifier and not all("constraints" in r for r in self.records + self.held_out):
             raise UserError(
-                f"data {c.data}: has no 'constraints' for the verifier to check; use --data tasks, or another --reward"
+                f"data {c.data}: has no 'constraints' for the verifier to check; use --data tasks, or "
+                "another --reward"
             )
         for record in self.records if method.needs_rejected else ():
             if not isinstance(record.get("rejected"), str):
                 raise UserError(
-                    f"data {c.data}: {method.name} needs a 'rejected' answer in every record; the one of the prompt "
-                    f"{str(record['prompt'])[:60]!r} has none"
+                    f"data {c.data}: {method.name} needs a 'rejected' answer in every record; the one of "
+                    f"the prompt {str(record['prompt'])[:60]!r} has none"
                 )
 
     def encode_all(self, wanted):
@@ -234,7 +242,8 @@ class Trainer:
                     kept[part].append(encoded | {"record_index": len(kept[part])})
             if not kept[part]:
                 raise UserError(
-                    f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-expert-tokens"
+                    f"data {c.data}: no record is short enough for --max-prompt-tokens and "
+                    "--max-expert-tokens"
                 )
         self.records, self.held_out = kept["records"], kept["held_out"]
         if dropped:
@@ -269,8 +278,8 @@ class Trainer:
         tokens, unknown = sum(map(len, prompts)), sum(ids.count(unk) for ids in prompts)
         if unk is not None and unknown > 0.1 * tokens:
             raise UserError(
-                f"data {self.config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {self.config.model}; "
-                "choose another --model"
+                f"data {self.config.data}: {unknown / tokens:.0%} of its tokens are unknown to model "
+                f"{self.config.model}; choose another --model"
             )
 
     def order(self, n):
@@ -287,7 +296,7 @@ class Trainer:
         return [self.records[i] for i in self.order((self.step + 1) * B)[-B:]]
 
     # -- what updates call
-    # --------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
 
     def rewards(self, records, completions, truncated):
         """Rewards of one text for each record -> list[float]."""
@@ -426,7 +435,7 @@ class Trainer:
         return minibatches
 
     def shuffled(self, minibatches: list, epochs: int) -> Iterator[list]:
-        """`epochs` passes over them, each in another order, of seed and step alone: a resumed run repeats it."""
+        """`epochs` passes over them, each in another order, of seed and step alone: a resume repeats it."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         for _ in range(epochs):
             for m in torch.randperm(len(minibatches), generator=generator).tolist():
@@ -442,7 +451,8 @@ class Trainer:
             norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm)))
         if not all(map(math.isfinite, norms)):
             raise UserError(
-                f"step {self.step + 1}: the gradient is not finite; nothing was updated. Try a lower --lr or --dtype float32"
+                f"step {self.step + 1}: the gradient is not finite; nothing was updated. Try a lower --lr or "
+                "--dtype float32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -454,7 +464,7 @@ class Trainer:
             tqdm.write(text)
 
     # -- evaluation
-    # ---------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
 
     def evaluate(self) -> list:
         """One sample for each held-out prompt, the same draws every time -> list of dicts as in
@@ -498,7 +508,7 @@ class Trainer:
         return kl, logp_expert
 
     # -- state
-    # --------------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
         """Everything the next step depends on, as tensors, for one safetensors file."""
@@ -575,7 +585,7 @@ def load_reward(name):
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The loop
 
 

@@ -1,4 +1,6 @@
-"""Discriminators: what they read, what they learn from, and how they are tested; and the script that makes expert answers."""
+"""Discriminators: what they read, what they learn from, and how they are tested; and the script that makes
+expert answers.
+"""
 
 import json
 import random
@@ -40,7 +42,8 @@ def config(**changes):
     return check_settings(DiscriminatorConfig(model="tiny", **{"pairs": 40, **changes}))
 
 
-# --------------------------------------------------------------------------------------------------------------- scores
+# ----------------------------------------------------------------------------------------------------------
+# scores
 
 
 def alone(policy, role, ids):
@@ -51,7 +54,9 @@ def alone(policy, role, ids):
 
 @pytest.mark.parametrize("most", (1, 4096))
 def test_polar_reads_prompt_expert_prompt_candidate(policy, most):
-    """The score is that of `q y q o` alone, at o's last token; the other candidates of the pack change nothing."""
+    """The score is that of `q y q o` alone, at o's last token; the other candidates of the pack change
+    nothing.
+    """
     found = scores("polar", policy, PROMPTS, EXPERTS, CANDIDATES, most)
     for q, y, group, row in zip(PROMPTS, EXPERTS, CANDIDATES, found):
         for o, D in zip(group, row):
@@ -86,7 +91,8 @@ def test_embedding_is_the_cosine_of_mean_states_of_the_backbone(policy, most):
     ).abs().max() > 0.01  # so the adapter would show
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+# ----------------------------------------------------------------------------------------------------------
+# pairs
 
 
 @pytest.mark.parametrize(
@@ -155,7 +161,8 @@ def test_pairs_that_cannot_be_used_are_counted_or_refused(tiny, capsys):
         expert_pairs(tiny, [short], c, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ learning, testing
+# ------------------------------------------------------------------------------------------------------
+# learning, testing
 
 
 def test_polar_learns_what_sets_the_expert_apart(tiny_file):
@@ -225,7 +232,8 @@ def test_a_reward_model_is_no_discriminator(tiny, tmp_path, capsys):
     assert "made by python uniapl.py discriminator" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------- teach
+# ----------------------------------------------------------------------------------------------------------
+# teach
 
 
 def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
