@@ -25,6 +25,7 @@ import train
 import uniapl
 from data import UserError
 from engine.command_line import exit_status, parse
+from engine.evaluation import evaluate
 from engine.folders import holds, read_jsonl, reserve, to_json, write_whole
 from engine.measures import summary
 from engine.models import first_line
@@ -53,7 +54,7 @@ def final_reward(method, given, path):
     config = check_settings(method.config(**given | {"from_adapter": str(path / "adapter")}))
     trainer = train.Trainer(method, config)
     trainer.held_out = trainer.records[:MOST]
-    measured = summary(trainer.evaluate())
+    measured = summary(evaluate(trainer))
     row = {"lr": given["lr"], "prompts": len(trainer.held_out)}
     return row | {name: measured[name] for name in ("reward", "low", "high", "expert", "tokens")}
 

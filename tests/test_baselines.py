@@ -25,6 +25,7 @@ from data import UserError, tiny_tasks
 from engine.command_line import parse
 from engine.metrics import METRICS
 from engine.record import read_jsonl
+from engine.records import encode_records
 from engine.settings import check_settings
 
 ROOT = Path(__file__).parents[1]
@@ -507,7 +508,7 @@ def test_dpo_checks_the_length_of_rejected_answers():
     t = trainer(DPO)
     t.records[0]["rejected"] = "cat " * t.policy.context
     with pytest.raises(UserError, match="context"):
-        t.encode_all({"records": 1, "held_out": 1})
+        encode_records(t.records, t.held_out, t.policy, t.config, DPO)
 
 
 def test_ppo_with_rewards_for_tokens(tmp_path, capsys):
