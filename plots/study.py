@@ -19,7 +19,7 @@ A line of it is a folder with its files, by name, as JSON (`zcat FILE | head -1`
     {"folder": "grao/seed-0", "config.json": {...}, "metrics.jsonl": [{...}, ...], "samples.jsonl": [...]}
 
 The same logs give the same bytes. Single runs and reward models are packed in the same way, into
-runs.jsonl.gz, and so are the tables of learning rates, into sweeps.jsonl.gz.
+single-runs.jsonl.gz, and so are the tables of learning rates, into sweeps.jsonl.gz.
 """
 
 import gzip
