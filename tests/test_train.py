@@ -85,7 +85,7 @@ def test_script_trains_shows_and_saves(finished):
         "RAS win / tie / loss",
         "NAG",
         "To try next",
-        "reference  ",
+        "expert     ",
         "before  ",
         "after  ",
         str(out),
