@@ -56,7 +56,7 @@ METRICS = {
     "time/update": ("s", "the step's scoring, backward pass and optimiser"),
     "memory/peak": ("GiB", "peak so far: of the GPU's allocator, or of the process on a CPU"),
     "eval/reward": ("reward", "mean over held-out prompts, one sample each; the number to watch"),
-    "eval/low": ("reward", "lower end of its 95 % bootstrap interval over prompts"),
+    "eval/low": ("reward", "lower end of its 95 % bootstrap interval over prompts; from 30 prompts on"),
     "eval/high": ("reward", "upper end"),
     "eval/std": ("reward", "standard deviation over the held-out prompts"),
     "eval/q25": ("reward", "lower quartile over them"),

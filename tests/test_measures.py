@@ -16,7 +16,7 @@ from engine.measures import (
     right,
     summary,
 )
-from engine.report import alarms, by_reward, opening, report
+from engine.report import alarms, by_reward, opening, print_samples, report
 from reward import ModelReward
 
 
@@ -232,3 +232,20 @@ def test_a_run_by_one_reward_in_four_lines():
     )
     assert lines[3] == f"NAG     +0.500 [{gain[0]:+.3f}, {gain[1]:+.3f}] (wins alone 0.500)"
     assert "[" not in "".join(by_reward(samples([0.0] * 8), samples([1.0] * 8)))
+
+
+def test_a_run_scored_again_has_its_alarms_once_and_no_floor_of_another_reward(capsys):
+    before = samples(SOUND, floor=0.125)
+    after = samples(SOUND[::-1], texts=[""] * 40, floor=0.125)
+
+    def reward_fn(prompts, completions, chosen, truncated=None):
+        return [float(len(text) % 2) for text in completions]
+
+    print_samples("run/samples.jsonl", "length", reward_fn, before, after)
+    recorded, other = capsys.readouterr().out.split("by length")
+    assert recorded.startswith(
+        "40 held-out prompts of run/samples.jsonl\nby the reward of the run\n  Held-out"
+    )
+    assert recorded.count("careful: 100% of the answers after training are empty") == 1
+    assert "no-skill floor 0.125" in recorded and "floor" not in other
+    assert "empty" not in other and "careful: every answer after training earns the same, 0.000" in other

@@ -1,4 +1,4 @@
-"""Preference pairs: which are used and on which side of a split, and the measures that a reward model is reported with."""
+"""Preference pairs: which are used, on which side of a split, and what a reward model is reported with."""
 
 import json
 
