@@ -1,0 +1,198 @@
+"""The commands on a CUDA device that is only pretended (pretend_cuda.py): no operator that CUDA refuses, the CPU's
+numbers, and ceilings on what a decoded position and a training step cost there.
+
+Each program below is one process, as torch must be imported under the pretence; its tests read what it printed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pretend_cuda
+import pytest
+from conftest import ROOT
+
+REASON = pretend_cuda.why_not()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+BEGIN = f"""
+import json, os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import pretend_cuda
+device = pretend_cuda.install()
+import torch
+"""
+
+
+def program(text, *arguments):
+    """Run a program with `device` pretended -> what its last line of output says in JSON."""
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN + text, *map(str, arguments)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The pretence
+
+REFUSALS = """
+import torch.nn.functional as F
+x, c = torch.randn(4, 6, device="cuda"), torch.randn(4, 6)
+mask, long = torch.ones(4, 6, dtype=torch.bool), torch.tensor([1])
+cases = {
+    "same device": [
+        lambda: x + c, lambda: torch.mm(x, c.t()), lambda: torch.cat([x, c]), lambda: x.index_select(0, long),
+        lambda: F.embedding(long, x), lambda: x.masked_fill(mask, 0.0), lambda: torch.where(mask, x, 0.0),
+        lambda: torch.stack([x[0, 0], torch.tensor(1.0)]),
+    ],
+    "can't convert cuda": [lambda: x.numpy()],
+    "generator": [lambda: torch.randn(3, device="cuda", generator=torch.Generator())],
+}
+for words, calls in cases.items():
+    for i, call in enumerate(calls):
+        try:
+            call()
+        except (RuntimeError, TypeError) as error:
+            assert words in str(error), (words, i, str(error)[:200])
+        else:
+            raise AssertionError(f"not refused: {words} {i}")
+
+# What CUDA takes, and the CPU's numbers.
+assert torch.equal((x + torch.tensor(2.0)).cpu(), x.cpu() + 2)  # a CPU scalar is an argument of the kernel
+assert torch.equal(x[torch.tensor([1, 2])].cpu(), x.cpu()[[1, 2]])  # a CPU index is moved
+w = torch.randn(6, 3, device="cuda", requires_grad=True)
+(torch.ones(2, 6, device="cuda") @ w).sum().backward()
+assert w.grad.is_cuda and torch.equal(w.grad.cpu(), torch.full((6, 3), 2.0))
+q, k, v = (torch.randn(2, 4, 5, 8) for _ in range(3))
+seen = torch.ones(5, 5, dtype=torch.bool).tril()
+ours = F.scaled_dot_product_attention(q.cuda(), k.cuda(), v.cuda(), seen.cuda())
+torch.testing.assert_close(ours.cpu(), F.scaled_dot_product_attention(q, k, v, seen))
+
+# What it counts.
+before = device.counts()
+float(x.sum()), bool(x.any()), x[x > 0], x.nonzero(), x.cpu(), c.to("cuda"), x.view(-1), x[1:]
+found = pretend_cuda.kinds(device.since(before))
+assert {kind: found[kind] for kind in pretend_cuda.WAITS} == {"item": 2, "d2h": 1, "h2d": 1, "shape": 2}, found
+bytes_ = device.live()
+big = torch.empty(2**20, device="cuda")
+assert device.live() - bytes_ == 2**22
+del big
+assert device.live() == bytes_
+
+# A graph runs at its replays only, on the tensors that it was captured with, and nothing in it may wait.
+a, b = torch.zeros(2, device="cuda"), torch.ones(2, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    a += b * 2
+assert a.tolist() == [0, 0]
+graph.replay()
+b += 1
+graph.replay()
+assert a.tolist() == [6, 6]
+try:
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        a += 1
+        a.tolist()
+except RuntimeError as error:
+    assert "capturing" in str(error)
+assert a.tolist() == [6, 6]
+print(json.dumps("passed"))
+"""
+
+
+def test_the_pretence_refuses_what_cuda_refuses_and_counts():
+    """A pretence that lets everything pass would make all that follows worthless."""
+    assert program(REFUSALS) == "passed"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Commands
+
+SHORT = (
+    "--model tiny --prompts-per-step 2 --group-size 4 --max-new-tokens 8 --eval-prompts 2 --eval-every 100"
+)
+COMMANDS = {
+    "grao": "minigrao.py --steps 3 --quantize none --dtype float32 --gradient-checkpointing on",
+    "grao nf4": "minigrao.py --steps 2 --quantize nf4 --dtype float32 --gradient-checkpointing off",
+    "grpo": "baselines.py grpo --steps 3 --quantize none --dtype float32 --updates-per-rollout 2 --kl-coef 0.04",
+    "ppo": "baselines.py ppo --steps 3 --quantize none --dtype float32",
+    "sft": "baselines.py sft --steps 2 --quantize none --dtype float32",
+    "dpo": "baselines.py dpo --steps 2 --quantize none --dtype float32",
+    "uniapl": "uniapl.py --steps 3 --quantize none --dtype float32 --discriminator embedding",
+}
+ON_CUDA_ALONE = {
+    "grao bf16": "minigrao.py --steps 2 --quantize nf4 --dtype bfloat16 --gradient-checkpointing on"
+}
+
+RUN = """
+from pathlib import Path
+from engine.record import RunFolder, read_jsonl
+folder, commands, alone, short = Path(sys.argv[1]), *map(json.loads, sys.argv[2:5])
+
+
+def run(name, command, on):
+    out = folder / f"{name} {on}"
+    with pretend_cuda.Phases(device) as phases:
+        status = pretend_cuda.run(*command.split(), *short.split(), "--device", on, "--out", str(out))
+    lines = [line for line in read_jsonl(out / "metrics.jsonl") if line["step"]] if status == 0 else []
+    phases = {phase: pretend_cuda.kinds(found[-1]) for phase, found in phases.found.items()}
+    return {"status": status, "lines": lines, "phases": phases}
+
+
+result = {}
+for name, command in (commands | alone).items():
+    result[name] = {on: run(name, command, on) for on in (("cuda", "cpu") if name in commands else ("cuda",))}
+
+# Ctrl-C in the first step, then --resume.
+log = RunFolder.log
+RunFolder.log = lambda self, line: log(self, line) or line["step"] == 1 and os.kill(os.getpid(), signal.SIGINT)
+run("stopped", commands["grao"], "cuda")
+RunFolder.log = log
+status = pretend_cuda.run("minigrao.py", "--resume", "--out", str(folder / "stopped cuda"))
+result["resumed"] = {"status": status, "lines": read_jsonl(folder / "stopped cuda" / "metrics.jsonl")[1:]}
+print()
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """{name: {"cuda" or "cpu": {"status", "lines" of metrics.jsonl, "phases"}}} of every command above."""
+    return program(RUN, tmp_path_factory.mktemp("cuda"), *map(json.dumps, (COMMANDS, ON_CUDA_ALONE, SHORT)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_ends_with_the_losses_of_the_cpu(ran, name):
+    cuda, cpu = ran[name]["cuda"], ran[name]["cpu"]
+    assert cuda["status"] == cpu["status"] == 0
+    assert len(cuda["lines"]) == len(cpu["lines"]) >= 2
+    for ours, theirs in zip(cuda["lines"], cpu["lines"]):
+        for metric in ("loss", "grad_norm"):
+            assert ours[metric] == pytest.approx(theirs[metric], abs=1e-4, rel=1e-4), metric
+
+
+def test_bf16_with_nf4(ran):
+    lines = ran["grao bf16"]["cuda"]["lines"]
+    assert len(lines) == 2 and all(0 < line["grad_norm"] < 1e3 for line in lines)
+
+
+def test_resumed_is_the_run_that_never_stopped(ran):
+    """AdamW's moments and the adapters come back to the device that they were on."""
+    assert ran["resumed"]["status"] == 0
+    for ours, theirs in zip(ran["resumed"]["lines"], ran["grao"]["cuda"]["lines"], strict=True):
+        assert (ours["step"], ours["loss"]) == (theirs["step"], pytest.approx(theirs["loss"], abs=1e-6))
+
+
+# name: (launches, waits) of a step without its rollout, of two prompts in one micro-batch; a tenth above today's.
+CEILINGS = {"grao": (2050, 53), "grpo": (3000, 82), "ppo": (12600, 272), "uniapl": (1, 1)}
+
+
+@pytest.mark.parametrize("name", CEILINGS)
+def test_a_step_costs_no_more_than_it_did(ran, name):
+    """On a GPU a step waits for its launches, and a synchronisation for all of them: neither creeps back in."""
+    found = ran[name]["cuda"]["phases"]["a step without its rollout"]
+    launches, waits = CEILINGS[name]
+    assert found["launch"] <= launches and found["waits"] <= waits, found
