@@ -454,6 +454,7 @@ std::tuple<Tensor, Tensor> rms_norm(
     const Tensor& x, at::IntArrayRef, const MaybeTensor& weight, std::optional<double> eps) {
   need_cuda("aten::_fused_rms_norm", {&x});
   if (weight) need_cuda("aten::_fused_rms_norm", {&*weight});
+  if (!x.is_contiguous()) count("launch", "aten::_fused_rms_norm, a copy");
   count("launch", "aten::_fused_rms_norm");
   BelowAutograd guard;
   auto h = to_host(x).to(at::kFloat);

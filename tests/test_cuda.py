@@ -109,6 +109,105 @@ def test_the_pretence_refuses_what_cuda_refuses_and_counts():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Decoding
+
+DECODING = """
+import contextlib, io
+from pathlib import Path
+from conftest import randomise, random_ids, write_model, write_tokenizer
+from policy import Policy
+
+prompts = {"equal": random_ids((5, 5, 5), seed=1), "unequal": random_ids((5, 1, 9), seed=1)}
+result = {}
+
+
+def load(family, on):
+    directory = Path(sys.argv[1]) / family
+    if not directory.exists():
+        write_model(directory, family), write_tokenizer(directory)
+    policy = Policy.load(str(directory), device=on, dtype="float32", lora_rank=4, lora_alpha=8)
+    randomise(policy)
+    return policy
+
+
+def generate(policy, name, tokens, **changes):
+    vars(policy.sampler).update(changes)
+    notes = io.StringIO()
+    before = device.counts()
+    with contextlib.redirect_stderr(notes):
+        rollout = policy.generate(prompts[name], 4, max_new_tokens=tokens, temperature=8.0, seed=3)
+    return vars(rollout) | {"counts": device.since(before), "notes": notes.getvalue()}
+
+
+for family in ("qwen3", "phi"):
+    cuda, cpu = load(family, "cuda"), load(family, "cpu")
+    for policy in (cuda, cpu):
+        policy.generate(prompts["equal"], 1, max_new_tokens=1)  # makes the sampler
+    found = {}
+    for name in prompts:
+        found[name] = {
+            "cpu": generate(cpu, name, 40),
+            "launches": generate(cuda, name, 40, graph=False),
+            "graph": generate(cuda, name, 40, graph=True),
+        }
+        # Without an EOS: the cost of 16 positions, two looks among them, by a difference.
+        eos, cuda.sampler.eos = cuda.sampler.eos, torch.tensor([-1], device="cuda")
+        few, many = (generate(cuda, name, n, graph=False)["counts"] for n in (10, 26))
+        found[name]["16 positions"] = pretend_cuda.kinds(many - few)
+        cuda.sampler.eos = eos
+    result[family] = found
+
+# A step that waits cannot be captured: one line, once, and the same tokens.
+draw_next = type(cuda.sampler).draw_next
+waits = lambda self, rows, *rest: draw_next(self, rows, *rest) or rows.running.any().item() and None
+type(cuda.sampler).draw_next = waits
+again = [generate(cuda, "unequal", 40, graph=True), generate(cuda, "unequal", 40)]
+result["failing"] = {"notes": [x["notes"] for x in again], "completions": [x["completions"] for x in again]}
+print(json.dumps(result))
+"""
+
+
+@pytest.fixture(scope="module")
+def decoded(tmp_path_factory):
+    return program(DECODING, tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("family", ("qwen3", "phi"))
+@pytest.mark.parametrize("prompts", ("equal", "unequal"))
+def test_decoding_draws_the_tokens_of_the_cpu(decoded, family, prompts):
+    """By launches, and by the replays of a graph: one that misses what a position changes repeats a token."""
+    found = decoded[family][prompts]
+    lengths = {len(ids) for group in found["cpu"]["completions"] for ids in group}
+    assert len(lengths) > 3  # rows end at different times, so batches shrink and graphs are captured anew
+    for way in ("launches", "graph"):
+        assert found[way]["completions"] == found["cpu"]["completions"], way
+        assert found[way]["truncated"] == found["cpu"]["truncated"]
+        for ours, theirs in zip(sum(found[way]["logps"], []), sum(found["cpu"]["logps"], []), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-4)
+        assert found[way]["notes"] == ""
+
+
+# Launches of a layer and of the rest of a position: today's, to which nothing is added unseen.
+@pytest.mark.parametrize("family, layer, rest", (("qwen3", 16, 35), ("phi", 50, 33)))
+@pytest.mark.parametrize("prompts", ("equal", "unequal"))
+def test_a_position_waits_for_nothing(decoded, family, layer, rest, prompts):
+    """The host reads one number at a look, every 8 positions; in between it only launches, and unequal prompts
+    cost nothing more. It was 5 waits and 26 launches a layer at each position, and 5 more with a mask.
+    """
+    cost = decoded[family][prompts]["16 positions"]
+    assert cost["waits"] == 2, cost
+    assert cost["launch"] / 16 <= 2 * layer + rest, cost
+
+
+def test_a_capture_that_fails_is_one_line(decoded):
+    first, second = decoded["failing"]["notes"]
+    assert first.count("\n") == 1 and first.startswith("decoding without a CUDA graph: CUDA error")
+    assert second == ""
+    expected = decoded["phi"]["unequal"]["cpu"]["completions"]
+    assert decoded["failing"]["completions"] == [expected, expected]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Commands
 
 SHORT = (
