@@ -38,7 +38,7 @@ class Sums:
 
     def add(self, name, values, mask=None):
         values = values.detach() if mask is None else values.detach()[mask]
-        self.total[name] += float(values.double().sum())
+        self.total[name] += float(values.cpu().double().sum())  # on the host: MPS has no fp64
         self.count[name] += values.numel()
 
     def means(self):

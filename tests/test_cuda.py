@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pretend_cuda
 import pytest
+import torch
 from conftest import ROOT
 
-REASON = pretend_cuda.why_not()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+from engine.models import pick_device, pick_dtype
 
 BEGIN = f"""
 import json, os, signal, sys
@@ -27,12 +28,38 @@ import torch
 
 def program(text, *arguments):
     """Run a program with `device` pretended -> what its last line of output says in JSON."""
+    if reason := pretend_cuda.why_not():
+        pytest.skip(reason)
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + text, *map(str, arguments)],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Which device, which type
+
+
+def test_bf16_by_emulation_is_not_taken(monkeypatch):
+    """torch calls bf16 supported on an RTX 20, whose attention then falls back to a kernel that keeps all scores."""
+    for major, dtype in ((7, torch.float32), (8, torch.bfloat16)):
+        card = SimpleNamespace(major=major, minor=5)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
+        monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+        assert torch.cuda.is_bf16_supported()
+        assert pick_dtype("auto", torch.device("cuda"), "Qwen/Qwen3-0.6B") == dtype
+
+
+def test_apples_gpu_is_taken_where_nothing_is_quantised(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert [pick_device("auto", quantize).type for quantize in ("none", "nf4")] == ["mps", "cpu"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto", "none").type == "cuda"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -157,6 +184,18 @@ for family in ("qwen3", "phi"):
         cuda.sampler.eos = eos
     result[family] = found
 
+# Little free memory: fewer prompts at once, the same tokens.
+sampler, batches = cuda.sampler, []
+decode, mem_get_info = sampler.decode, torch.cuda.mem_get_info
+sampler.decode = lambda prompts, *rest: batches.append(len(prompts)) or decode(prompts, *rest)
+row = 2 * 2 * sampler.decoder.kv_heads * sampler.decoder.width * 4 * (9 + 40)  # bytes: layers, k and v, fp32
+few = []
+for samples in (12, 8, 1):
+    torch.cuda.mem_get_info = lambda device: (2 * samples * row, 2**33)
+    few.append(generate(cuda, "unequal", 40)["completions"])
+torch.cuda.mem_get_info, sampler.decode = mem_get_info, decode
+result["little memory"] = {"batches": batches, "completions": few}
+
 # A step that waits cannot be captured: one line, once, and the same tokens.
 draw_next = type(cuda.sampler).draw_next
 waits = lambda self, rows, *rest: draw_next(self, rows, *rest) or rows.running.any().item() and None
@@ -197,6 +236,13 @@ def test_a_position_waits_for_nothing(decoded, family, layer, rest, prompts):
     cost = decoded[family][prompts]["16 positions"]
     assert cost["waits"] == 2, cost
     assert cost["launch"] / 16 <= 2 * layer + rest, cost
+
+
+def test_the_cache_takes_half_of_the_free_memory(decoded):
+    """A constant of 1 GiB did not fit beside the rest on a small card, and starved a large one."""
+    found = decoded["little memory"]
+    assert found["batches"] == [3, 2, 1, 1, 1, 1]
+    assert found["completions"] == [decoded["phi"]["unequal"]["cpu"]["completions"]] * 3
 
 
 def test_a_capture_that_fails_is_one_line(decoded):
@@ -252,6 +298,7 @@ run("stopped", commands["grao"], "cuda")
 RunFolder.log = log
 status = pretend_cuda.run("minigrao.py", "--resume", "--out", str(folder / "stopped cuda"))
 result["resumed"] = {"status": status, "lines": read_jsonl(folder / "stopped cuda" / "metrics.jsonl")[1:]}
+result["allocator"] = os.environ["PYTORCH_ALLOC_CONF"]
 print()
 print(json.dumps(result))
 """
@@ -273,6 +320,11 @@ def test_a_command_ends_with_the_losses_of_the_cpu(ran, name):
             assert ours[metric] == pytest.approx(theirs[metric], abs=1e-4, rel=1e-4), metric
 
 
+def test_segments_of_memory_grow(ran):
+    """Completions of ever other lengths leave holes between segments of fixed size."""
+    assert ran["allocator"] == "expandable_segments:True"
+
+
 def test_bf16_with_nf4(ran):
     lines = ran["grao bf16"]["cuda"]["lines"]
     assert len(lines) == 2 and all(0 < line["grad_norm"] < 1e3 for line in lines)
@@ -286,7 +338,7 @@ def test_resumed_is_the_run_that_never_stopped(ran):
 
 
 # name: (launches, waits) of a step without its rollout, of two prompts in one micro-batch; a tenth above today's.
-CEILINGS = {"grao": (2050, 53), "grpo": (3000, 82), "ppo": (12600, 272), "uniapl": (1, 1)}
+CEILINGS = {"grao": (2050, 53), "grpo": (3000, 82), "ppo": (12600, 272), "uniapl": (3300, 90)}
 
 
 @pytest.mark.parametrize("name", CEILINGS)
