@@ -8,7 +8,8 @@ Where the speed comes from, largest first (the benchmark in plots/ measures each
 - weights with LoRA merged in, q/k/v and gate/up as one matrix each, refreshed before every rollout
   (`LlamaDecoder`);
 - a prompt is computed once and its keys and values are copied to its G samples;
-- a preallocated KV cache; rows that met an EOS are dropped from the batch.
+- a preallocated KV cache; rows that met an EOS are dropped from the batch;
+- on a GPU a position is one CUDA graph, and the host looks at what was drawn every few positions only.
 Models outside the Llama family decode through transformers' own forward pass, with the same cache, unmerged.
 
 Every row has its own uniform numbers, drawn before decoding, so a sample does not depend on what else is in
@@ -125,11 +126,18 @@ class Rows:
     token: torch.Tensor  # the last token
     running: torch.Tensor  # bool: no EOS yet
 
-    def keep(self, rows):
-        """Drop all rows but these (index tensor)."""
-        self.cache.keep(rows)
-        for name in ("place", "position", "token", "running"):
-            setattr(self, name, getattr(self, name).index_select(0, rows))
+    def drop_ended(self):
+        """Look which rows have met an EOS, for which the host waits, and drop them -> whether any are left.
+
+        Dropping rows copies the cache, so several at a time.
+        """
+        left = int(self.running.sum())
+        if 0 < left <= 0.8 * len(self.running):
+            keep = self.running.nonzero()[:, 0]
+            self.cache.keep(keep)
+            for name in ("place", "position", "token", "running"):
+                setattr(self, name, getattr(self, name).index_select(0, keep))
+        return left > 0
 
 
 class LlamaDecoder:
@@ -423,12 +431,8 @@ class Sampler:
         self.draw_next(rows, hidden, temperature)
         cache, P, shape, replay = rows.cache, rows.cache.end, None, None
         for t in range(1, T):  # t tokens of every row are drawn
-            if t % self.look == 0:
-                left = int(rows.running.sum())
-                if left == 0:
-                    break
-                if left <= 0.8 * len(rows.running):  # dropping rows copies the cache, so several at a time
-                    rows.keep(rows.running.nonzero()[:, 0])
+            if t % self.look == 0 and not rows.drop_ended():
+                break
             cache.end = min(round_up(P + t, self.reach), cache.bias.shape[-1])
             if shape != (len(rows.token), cache.end):  # what was captured is of other shapes
                 shape, replay = (len(rows.token), cache.end), None
@@ -469,12 +473,12 @@ class Sampler:
 
         Capturing runs nothing. It follows a step that was run, so what kernels set up once is set up.
         """
-        graph = None
         try:
             graph = torch.cuda.CUDAGraph()
             # A capture that fails leaves its own stream the current one; the outer context puts ours back.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
-                self.step(rows, temperature)
+            with torch.cuda.device(self.device), torch.cuda.stream(torch.cuda.current_stream()):
+                with torch.cuda.graph(graph):
+                    self.step(rows, temperature)
         except Exception as error:  # of the driver, of a model that waits: no reason not to sample
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
             print(f"decoding without a CUDA graph: {reason}", file=sys.stderr)

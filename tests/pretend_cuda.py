@@ -1,16 +1,17 @@
-"""A CUDA device that is not there: PyTorch's CPU build, with "cuda:0" computed on the CPU and its cost counted.
+"""A CUDA device that is not there: PyTorch's CPU build with "cuda:0" computed on the CPU, and counted.
 
-    python tests/pretend_cuda.py minigrao.py --model tiny --device cuda --steps 2       # any script and its flags
-    python tests/pretend_cuda.py --gib 0.1 minigrao.py --model tiny --device cuda       # a card of 0.1 GiB
+    python tests/pretend_cuda.py minigrao.py --model tiny --device cuda --steps 2   # any script and its flags
+    python tests/pretend_cuda.py --gib 0.1 minigrao.py --model tiny --device cuda   # a card of 0.1 GiB
 
-A small C++ extension, pretend_cuda.cpp, registers in the running CPU build what libtorch_cuda would. It is compiled
-once against torch's own headers (some ten seconds) and kept in PRETEND_CUDA_BUILD, or in the system's folder for
-temporary files. C++ then sees the device cuda:0 everywhere, so autograd, checkpointing, Parameter.data, transformers'
-device_map, PEFT and bitsandbytes take the paths that they take on a GPU.
+A small C++ extension, pretend_cuda.cpp, registers in the running CPU build what libtorch_cuda would. It is
+compiled once against torch's own headers (some ten seconds) and kept in PRETEND_CUDA_BUILD, or in the
+system's folder for temporary files. C++ then sees the device cuda:0 everywhere, so autograd, checkpointing,
+Parameter.data, transformers' device_map, PEFT and bitsandbytes take the paths that they take on a GPU.
 
-It raises as CUDA does: operands on different devices (a CPU tensor of 0 dimensions passes exactly where CUDA's
-kernels take it as an argument, a CPU index where they move it), a CPU generator for a cuda tensor, .numpy(), a
-misaligned attention bias, OutOfMemoryError beyond --gib, and anything that waits while a CUDA graph is captured.
+It raises as CUDA does: operands on different devices (a CPU tensor of 0 dimensions passes exactly where
+CUDA's kernels take it as an argument, a CPU index where they move it), a CPU generator for a cuda tensor,
+.numpy(), a misaligned attention bias, OutOfMemoryError beyond --gib, and anything that waits while a CUDA
+graph is captured.
 
 It counts, as "kind/operator":
     launch   operators that are no view and no allocation
@@ -21,10 +22,11 @@ It counts, as "kind/operator":
     atomic   sums whose order, and so whose last bits, differ from run to run
 It keeps the sum of live storages: torch.cuda.memory_allocated, its peak, and what --gib bounds.
 
-What it does not see: speed; kernels' own rounding, limits and bugs; operators that a CUDA build lacks; races between
-streams; the context (0.3 to 0.5 GB), cuBLAS' workspaces and fragmentation; CUDA kernels of a library's own, as
-bitsandbytes' are (computed by its CPU ones); whether the driver accepts a capture. Attention and RMSNorm, one kernel
-each on CUDA, are stood in for by CPU kernels of the same shapes and the same saved tensors.
+What it does not see: speed; kernels' own rounding, limits and bugs; operators that a CUDA build lacks; races
+between streams; the context (0.3 to 0.5 GB), cuBLAS' workspaces and fragmentation; CUDA kernels of a
+library's own, as bitsandbytes' are (computed by its CPU ones); whether the driver accepts a capture.
+Attention and RMSNorm, one kernel each on CUDA, are stood in for by CPU kernels of the same shapes and the
+same saved tensors.
 """
 
 import argparse
@@ -43,7 +45,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("pretend_cuda.cpp", "pretend_cuda_kernels.h")]
 WAITS = ("item", "d2h", "h2d", "shape")  # what keeps the host waiting for the device
 
 
@@ -59,7 +61,8 @@ def why_not():
 def build():
     """Compile the extension, once for each version of it and of torch -> path of the shared object."""
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
-    key = hashlib.sha256(SOURCE.read_bytes() + importlib.metadata.version("torch").encode()).hexdigest()[:12]
+    sources = b"".join(source.read_bytes() for source in SOURCES)
+    key = hashlib.sha256(sources + importlib.metadata.version("torch").encode()).hexdigest()[:12]
     default = Path(tempfile.gettempdir()) / f"pretend_cuda-{os.getuid()}"
     folder = Path(os.environ.get("PRETEND_CUDA_BUILD", default))
     target = folder / f"pretend_cuda-{key}.so"
@@ -69,7 +72,7 @@ def build():
     unfinished = target.with_suffix(f".{os.getpid()}.tmp")
     include = [f"-I{torch_folder}/include", f"-I{torch_folder}/include/torch/csrc/api/include"]
     libraries = [f"-L{torch_folder}/lib", "-ltorch_cpu", "-lc10", "-ltorch", f"-Wl,-rpath,{torch_folder}/lib"]
-    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", *include, str(SOURCE)]
+    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w", *include, str(SOURCES[0])]
     subprocess.run([*command, "-o", str(unfinished), *libraries], check=True)
     unfinished.replace(target)
     return target
@@ -130,7 +133,7 @@ def install(gib: float = 0.0, capability: int = 86) -> Device:
 
 
 def load_library():
-    """Load torch's libraries and the extension, and tell it what native_functions.yaml says of CUDA's kernels."""
+    """Load torch and the extension, and tell it what native_functions.yaml says of CUDA's kernels."""
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     for name in ("libc10.so", "libtorch_cpu.so", "libtorch.so"):
         with contextlib.suppress(OSError):
@@ -152,7 +155,7 @@ def load_library():
 
 
 def pretend_bitsandbytes(library):
-    """bitsandbytes must not look for its CUDA kernels: imported before CUDA is there, then computed on the CPU."""
+    """bitsandbytes must not look for CUDA kernels: imported before CUDA is there, computed on the CPU."""
     import torch
 
     try:
@@ -197,8 +200,7 @@ def pretend_runtime(cuda, device, gib, capability):
     Properties.major, Properties.minor = divmod(capability, 10)
     # transformers allocates all of it less 1.2 GiB at once, in advance, and asks for at least that.
     Properties.total_memory = max(int(gib * 2**30), 2 * 2**30) if gib else 8 * 2**30
-    for name in ("_initialized",):
-        setattr(cuda, name, True)
+    cuda._initialized = True
     constants = {
         "_lazy_init": None, "set_device": None, "synchronize": None, "empty_cache": None, "ipc_collect": None,
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0,
@@ -221,7 +223,7 @@ def pretend_runtime(cuda, device, gib, capability):
 
 
 def pretend_graphs(cuda, library):
-    """torch.cuda.CUDAGraph and torch.cuda.graph: kernels are kept with their operands' addresses, then replayed.
+    """torch.cuda.CUDAGraph and torch.cuda.graph: kernels are kept with their operands, then replayed.
 
     As on a device, nothing that is written during the capture has happened, and whatever waits ends it. So a
     step that rebinds a name, where it should write into the tensor, replays the same position for ever.
@@ -281,8 +283,8 @@ def pretend_graphs(cuda, library):
 class Phases:
     """What a command of this project counted while loading, in rollouts, and in steps without their rollouts.
 
-    `found`: name -> list of Counters, one for each time. A step reaches from one line of the log to the next, so
-    the first, and the last with its evaluation, are left out: --steps 3 has one.
+    `found`: name -> list of Counters, one for each time. A step reaches from one line of the log to the
+    next; the first, and the last with its evaluation, are left out, so --steps 3 has one.
     """
 
     def __init__(self, device):
@@ -325,7 +327,7 @@ class Phases:
             setattr(owner, name, function)
 
     def report(self):
-        """A line for each phase, the mean over its times, and one for each operator that waits or is atomic."""
+        """A line for each phase, the mean over its times, and for each operator that waits or is atomic."""
         lines = []
         for name, found in self.found.items():
             total = sum(found, collections.Counter())
