@@ -128,7 +128,7 @@ class Policy:
             raise UserError(
                 f"quantize is nf4 or none, reference is adapter or base; got {quantize!r} and {reference!r}"
             )
-        device = pick_device(device)
+        device = pick_device(device, quantize)
         if device.type == "cpu":
             keep_freed_memory()
         dtype = pick_dtype(dtype, device, model)

@@ -53,7 +53,7 @@ class Sums:
     def add(self, name: str, values: Tensor, mask: Tensor | None = None):
         """Values that all count the same in the step's mean: one for each token, or for each completion."""
         values = values.detach() if mask is None else values.detach()[mask]
-        self.total[name] += float(values.double().sum())
+        self.total[name] += float(values.cpu().double().sum())  # on the host: MPS has no fp64
         self.count[name] += values.numel()
 
     def mean(self, name: str, value: Tensor, n: int):

@@ -14,17 +14,22 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-import transformers
-from safetensors import SafetensorError
+# Before torch starts CUDA: segments that grow leave no holes, where texts of ever other lengths take and give
+# back memory. On a card of 6 GB those holes are what runs out.
+if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
-from data.errors import UserError, first_line
-from engine.folders import whole_directory
+from data.errors import UserError, first_line  # noqa: E402
+from engine.folders import whole_directory  # noqa: E402
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 TINY = Path(__file__).parents[1] / "data" / "tiny"
@@ -51,9 +56,13 @@ def trim_memory(step: int) -> None:
         GLIBC.malloc_trim(0)
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str, quantize: str = "nf4") -> torch.device:
+    """auto: a CUDA GPU, else Apple's where nothing is quantised (bitsandbytes' NF4 has no kernels for it)."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        apple = quantize == "none" and torch.backends.mps.is_available()
+        return torch.device("mps" if apple else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -70,7 +79,8 @@ def pick_dtype(dtype: str, device: torch.device, model: str) -> torch.dtype:
     if dtype != "auto":
         raise UserError(f"--dtype {dtype}: choose auto, float32 or bfloat16")
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported()
+        # By emulation it is "supported" on RTX 20, GTX 16 and T4, slowly and without a fast attention kernel.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native and model != "tiny" else torch.float32

@@ -195,6 +195,24 @@ def test_finished_rows_leave_the_batch_and_disturb_nobody(shared, monkeypatch, f
     assert_scores_agree(policy, PROMPTS, dropped, 8.0)
 
 
+@pytest.mark.parametrize("family", ("qwen3", "phi"))
+@pytest.mark.parametrize("look, reach", ((8, 64), (3, 16)))
+def test_looking_seldom_changes_no_token(shared, monkeypatch, family, look, reach):
+    """As on a GPU: between looks ended rows go on, and attention reads slots that nobody has written yet.
+    Neither a token behind an EOS nor an empty slot may show.
+    """
+    policy, kept = shared(family), []
+    always = policy.generate(PROMPTS, 10, max_new_tokens=60, temperature=8.0)
+    keep = sampling.Cache.keep
+    monkeypatch.setattr(sampling.Cache, "keep", lambda self, rows: kept.append(len(rows)) or keep(self, rows))
+    monkeypatch.setattr(policy.sampler, "look", look)
+    monkeypatch.setattr(policy.sampler, "reach", reach)
+    seldom = policy.generate(PROMPTS, 10, max_new_tokens=60, temperature=8.0)
+    assert len(kept) >= 2 and seldom.completions == always.completions
+    assert seldom.truncated == always.truncated
+    assert_scores_agree(policy, PROMPTS, seldom, 8.0)
+
+
 def test_one_token_at_most(shared):
     rollout = shared().generate(PROMPTS, 2, max_new_tokens=1)
     assert [[len(c) for c in g] for g in rollout.completions] == [[1, 1]] * 3
