@@ -1,27 +1,27 @@
-"""Rewards: the verifier of the built-in tasks, reward models, the pairwise judge, and the paper's two metrics.
+"""Rewards: the built-in tasks' verifier, reward models, the pairwise judge, and the paper's two metrics.
 
-    python reward.py train --data hh-helpful --out runs/reward        # a reward model: one more LoRA adapter with a scalar head
-    python reward.py score --model runs/reward --data FILE            # accuracy on preference pairs; or any hub classifier with one output
-    python reward.py judge --model CHAT-MODEL --data FILE             # a chat model asked twice, the order swapped
-    python minigrao.py --reward runs/reward                           # or pairwise:runs/reward, or judge:CHAT-MODEL
+    python reward.py train --data hh-helpful --out runs/reward  # one more LoRA adapter, with a scalar head
+    python reward.py score --model runs/reward --data FILE      # accuracy on pairs; or any hub classifier
+    python reward.py judge --model CHAT-MODEL --data FILE       # a chat model asked twice, in both orders
+    python minigrao.py --reward runs/reward                     # or pairwise:DIR, judge:CHAT-MODEL, FILE.py:F
 
-A record of the tasks names its constraints (data/constraints.py), and a completion earns 1.0 only if it meets every one, was not cut off,
-and is no hack:
+A record of the tasks names its constraints (data/constraints.py), and a completion earns 1.0 only if it meets
+every one, was not cut off, and is no hack:
 
     {"prompt": "Write one short sentence about bees. Use only lowercase letters.",
      "constraints": [{"type": "lowercase"}], "min_words": 4, "about": ["bee", "honey"]}
 
-    verifier([record["prompt"]], ["bees turn nectar into honey."], constraints=[record["constraints"]])   # [1.0]
+    verifier([record["prompt"]], ["bees turn nectar into honey."], [record["constraints"]])  # [1.0]
 
-A reward function has TRL's signature, f(prompts, completions, **columns) -> list[float]; prompts and completions are
-strings or message lists.
+A reward function has TRL's signature, f(prompts, completions, **columns) -> list[float]; prompts and
+completions are strings or message lists.
 """
 
 import json
-import math
 import os
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,9 +38,11 @@ from engine.models import find_model, whole_directory
 from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
 from engine.record import environment
 from engine.settings import check_settings, same, setting
+from engine.user_rewards import checked_rewards, load_function
 from policy import Policy
 from reward_model import (
     Judge,
+    ModelReward,
     RoleScorer,
     bradley_terry_loss,
     fit_scorer,
@@ -51,14 +53,23 @@ from reward_model import (
 
 __all__ = ["bradley_terry_loss", "checked_rewards", "nag", "ras", "verifier"]  # what other code calls
 
-# ------------------------------------------------------------------------------------------------------------- rewards
+# ---------------------------------------------------------------------------------------------------- rewards
 
 
-def verifier(prompts, completions, constraints, truncated=None, min_words=None, about=None, **columns):
-    """1.0 for a completion that meets all its constraints, ended by itself, and is no hack; else 0.0 -> list[float].
+def verifier(
+    prompts: list,
+    completions: list,
+    constraints: list,
+    truncated: list | None = None,
+    min_words: list | None = None,
+    about: list | None = None,
+    **columns,
+) -> list[float]:
+    """1.0 for a completion that meets all its constraints, ended by itself, and is no hack; else 0.0.
 
-    constraints: one list per completion; truncated: one bool per completion, True where the length limit cut it;
-    min_words, about: see hack(), one per completion. UserError names an unknown constraint or a wrong field.
+    constraints: one list per completion; truncated: one bool per completion, True where the length limit cut
+    it; min_words, about: see hack(), one per completion. UserError names an unknown constraint or a wrong
+    field.
     """
     none = [None] * len(completions)
     rewards = []
@@ -71,86 +82,25 @@ def verifier(prompts, completions, constraints, truncated=None, min_words=None, 
     return rewards
 
 
-def checked_rewards(reward_fn, prompts, completions, columns):
-    """Call a user's reward function -> list[float]; whatever goes wrong in it becomes a one-line UserError."""
-    name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
-    try:
-        rewards = reward_fn(prompts=prompts, completions=completions, **columns)
-    except UserError:
-        raise
-    except Exception as error:  # the function is the user's: anything can come out of it
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"reward function {name}: raised {type(error).__name__}: {reason}") from error
-    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # an array or a tensor
-    if not isinstance(rewards, (list, tuple)):
+def load_reward(name: str) -> Callable | None:
+    """verifier, or a function of the user's own file; None for a model, loaded once the policy is there."""
+    if name == "verifier":
+        return verifier
+    if name.rpartition(":")[0].endswith(".py"):
+        return load_function(name)
+    model = name.removeprefix("pairwise:").removeprefix("judge:")
+    if not Path(model).exists() and "/" not in model and model != "tiny":
         raise UserError(
-            f"reward function {name}: returned {type(rewards).__name__}; return one number per completion"
+            f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), "
+            "pairwise:DIR, or judge:MODEL"
         )
-    if len(rewards) != len(completions):
-        raise UserError(
-            f"reward function {name}: returned {len(rewards)} rewards for {len(completions)} completions"
-        )
-    rewards = [value.tolist() if hasattr(value, "tolist") else value for value in rewards]
-    for i, value in enumerate(rewards):
-        if isinstance(value, (list, tuple)):
-            raise UserError(
-                f"reward function {name}: item {i} is a list; return one number, not one per token"
-            )
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"reward function {name}: item {i} is {value!r}; return a finite number")
-    return [float(value) for value in rewards]
+    return None
 
 
-# -------------------------------------------------------------------------------------------------------- reward model
-
-
-# ---------------------------------------------------------------------------------------------- models that score texts
-
-
-class ModelReward:
-    """A scorer as a reward function: the raw score, less `missing_eos_penalty` where the sample was cut (it is scored as if it had ended).
-
-    pairwise: R(o, y) in {+1, 0, -1} as in GRAO's experiments, the sign of score(o) - score(y) with 0 within `tie_band`; y is the column
-    `chosen`, and R(y, y) = 0. A prompt is computed once for all its samples.
+def load_model_reward(config, policy: Policy) -> Callable:
+    """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone
+    if it is the same one.
     """
-
-    def __init__(self, scorer, name, missing_eos_penalty=1.0, pairwise=False, tie_band=0.0):
-        self.scorer, self.__name__, self.penalty, self.pairwise, self.tie_band = (
-            scorer,
-            name,
-            missing_eos_penalty,
-            pairwise,
-            tie_band,
-        )
-
-    def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
-        texts = [last_text(c, "assistant") for c in completions]
-        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
-        keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
-        for key, text, y in zip(keys, texts, references, strict=True):
-            if not self.pairwise or text != y:
-                groups.setdefault(key, {}).update({text: None, y: None})
-        prompt_of = dict(zip(keys, prompts))
-        for key, row in zip(
-            groups,
-            self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()]),
-        ):
-            groups[key] = dict(zip(groups[key], row))
-        rewards = []
-        for key, text, y, cut in zip(keys, texts, references, truncated or [False] * len(texts)):
-            if not self.pairwise:
-                rewards.append(groups[key][text] - self.penalty * cut)
-            else:
-                d = (groups[key][text] - groups[key][y] if text != y else 0.0) - self.penalty * cut
-                rewards.append(float(np.sign(d)) if abs(d) > self.tie_band else 0.0)
-        return rewards
-
-
-# ------------------------------------------------------------------------------------------------- the pairwise judge
-
-
-def load_model_reward(config, policy):
-    """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone where it is the same."""
     options = dict(device=config.device, dtype=config.dtype)
     kind, _, name = (
         config.reward.rpartition(":")
@@ -167,9 +117,6 @@ def load_model_reward(config, policy):
         )
     scorer = load_scorer(name, policy, config.micro_batch_tokens, **options)
     return ModelReward(scorer, config.reward, config.missing_eos_penalty, kind == "pairwise", config.tie_band)
-
-
-# ------------------------------------------------------------------------------------------------------------- metrics
 
 
 # ------------------------------------------------------------ the commands
@@ -244,11 +191,13 @@ class ScoreConfig:
 
     model: str = setting(
         None,
-        "reward model: a folder of `reward.py train`, or a sequence classifier with one output (DIR or hub name)",
+        "reward model: a folder of `reward.py train`, or a sequence classifier with one output (DIR or hub "
+        "name)",
     )
     data: str = setting(
         None,
-        "preference pairs: tasks, hh-helpful, hh-harmless (their held-out pairs), or all of FILE.jsonl[.gz]; several with commas",
+        "preference pairs: tasks, hh-helpful, hh-harmless (their held-out pairs), or all of FILE.jsonl[.gz]; "
+        "several with commas",
     )
     samples: str = setting(None, "instead of --data: samples.jsonl of a run, before and after training")
     max_tokens: int = setting(
@@ -277,7 +226,8 @@ def check_unknown(policy, prompts, config):
     tokens, unknown = sum(map(len, prompts)), sum(ids.count(policy.tokenizer.unk_token_id) for ids in prompts)
     if policy.tokenizer.unk_token_id is not None and unknown > 0.1 * tokens:
         raise UserError(
-            f"data {config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {config.model}; choose another --model"
+            f"data {config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {config.model}; "
+            "choose another --model"
         )
 
 
@@ -288,7 +238,8 @@ def train_command(config):
         raise UserError(f"{out} exists already: choose another --out, or --overwrite it")
     if out.exists() and not (out / "reward_model.json").is_file():
         raise UserError(
-            f"{out} is not a reward model (it has no reward_model.json), so --overwrite leaves it alone; choose another --out"
+            f"{out} is not a reward model (it has no reward_model.json), so --overwrite leaves it alone; "
+            "choose another --out"
         )
     sources = config.data.split(",")
     training = [r for s in sources for r in load_records(s, "train", seed=config.seed, level=level)]
@@ -332,7 +283,8 @@ def train_command(config):
     kind = "nf4" if config.quantize == "nf4" else str(policy.dtype).split(".")[-1]
     on = ", ".join(f"{len(records)} of {name}" for name, records in measured.items())
     print(
-        f"reward model · {config.model} · {kind} on {policy.device} · learns from {len(pairs)} pairs, stops by {len(held_out)}, is measured on {on}; "
+        f"reward model · {config.model} · {kind} on {policy.device} · learns from {len(pairs)} pairs, stops "
+        f"by {len(held_out)}, is measured on {on}; "
         "the three share no dialogue",
         flush=True,
     )
@@ -370,7 +322,8 @@ def train_command(config):
         "tokenizer": tokenizer_print(policy.tokenizer),
         "scores": {"mean": float(np.mean(everything)), "std": float(np.std(everything))},
         "split": {
-            "statement": "the pairs learnt from, stopped by and measured on share no dialogue (prompts that open with the same user message)",
+            "statement": "the pairs learnt from, stopped by and measured on share no dialogue (prompts that "
+            "open with the same user message)",
             "training": len(pairs),
             "stop": len(held_out),
             "measured": {name: len(records) for name, records in measured.items()},
@@ -387,7 +340,8 @@ def train_command(config):
         (tmp / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         draw_calibration(info, history, tmp / "calibration.png")
     print(
-        f"\nThe reward model is in {out}: train a policy with --reward {out}, score pairs with python reward.py score --model {out} --data FILE"
+        f"\nThe reward model is in {out}: train a policy with --reward {out}, score pairs with python "
+        f"reward.py score --model {out} --data FILE"
     )
 
 
@@ -463,7 +417,7 @@ def judge_command(config):
         return print_samples(
             config, f"{judge.__name__}, {config.criterion}: +1, 0 or -1", judge, before, after
         )
-    # both answers and the question go into one prompt: half the context each is safe, what is beyond is an error
+    # Both answers and the question go into one prompt: half the context each is safe.
     for name, records in pairs_to_measure(config, tokens, policy.context // 2, "chat").items():
         print(f"\n{name}: {len(records)} pairs, {judge.__name__}, {config.criterion}")
         verdicts = print_position([(r["prompt"], r["chosen"], r["rejected"]) for r in records], judge)
@@ -471,10 +425,12 @@ def judge_command(config):
         low, high = bootstrap_interval(right)
         longer = np.array([np.sign(a - b) for a, b in (r["tokens"] for r in records)]) / 2 + 0.5
         print(
-            f"  chosen wins {np.mean(verdicts > 0):.3f}, ties {np.mean(verdicts == 0):.3f}, loses {np.mean(verdicts < 0):.3f}"
+            f"  chosen wins {np.mean(verdicts > 0):.3f}, ties {np.mean(verdicts == 0):.3f}, loses "
+            f"{np.mean(verdicts < 0):.3f}"
         )
         print(
-            f"  accuracy, a tie worth half: {right.mean():.3f} [{low:.3f}, {high:.3f}]; the longer one wins (tokens): {longer.mean():.3f}; random: 0.500"
+            f"  accuracy, a tie worth half: {right.mean():.3f} [{low:.3f}, {high:.3f}]; the longer one wins "
+            f"(tokens): {longer.mean():.3f}; random: 0.500"
         )
 
 
@@ -484,7 +440,8 @@ def print_position(cases, judge):
     first = np.mean([[row[0] > 0, row[1] < 0] for row in odds.tolist()])  # the answer shown as A wins
     verdicts = np.array([verdict(row) for row in odds.tolist()])
     print(
-        f"  position bias: reply A wins {first:.3f} of the questions (0.5: none); the orders agree on {np.mean(verdicts != 0):.3f} of {len(cases)} pairs; "
+        f"  position bias: reply A wins {first:.3f} of the questions (0.5: none); the orders agree on "
+        f"{np.mean(verdicts != 0):.3f} of {len(cases)} pairs; "
         f"A and B have {said:.3f} of the probability"
     )
     return verdicts
@@ -497,12 +454,13 @@ COMMANDS = {
 }
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """python reward.py train|score|judge [flags] -> exit status, see train.exit_status."""
     word = argv[0] if argv else ""
     if word in ("-h", "--help"):
         print(
-            f"{__doc__}\nusage: python reward.py {'|'.join(COMMANDS)} [flags]; for the flags: python reward.py COMMAND --help"
+            f"{__doc__}\nusage: python reward.py {'|'.join(COMMANDS)} [flags]; for the flags: python "
+            "reward.py COMMAND --help"
         )
         return 0
     return exit_status(lambda: run(word, argv[1:]), stopped="stopped; nothing was written")
@@ -511,7 +469,8 @@ def main(argv):
 def run(word, flags):
     if word not in COMMANDS:
         raise UserError(
-            f"{f'no command {word}' if word else 'no command'}: the first word is one of {', '.join(COMMANDS)} (see --help)"
+            f"{f'no command {word}' if word else 'no command'}: the first word is one of "
+            f"{', '.join(COMMANDS)} (see --help)"
         )
     config_class, command = COMMANDS[word]
     sys.argv[0] = f"reward.py {word}"

@@ -6,21 +6,23 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
 
 from data import UserError
-from data.messages import last_text, messages, shown_prompt
+from data.messages import last_text, messages
+from engine.classifier import Classifier, refuse_longer
 from engine.measures import accuracy
-from engine.models import find_model, first_line, pick_device, pick_dtype, quiet, trim_memory
+from engine.models import TINY, find_model, first_line, trim_memory
 from policy import Policy
 
 
-def bradley_terry_loss(chosen, rejected, margin=None):
+def bradley_terry_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, margin: torch.Tensor | float | None = None
+) -> torch.Tensor:
     """-mean log sigmoid(chosen - rejected - margin): Bradley-Terry's negative log-likelihood -> scalar, nats.
 
     chosen, rejected: (N,) scores of the better and the worse answer of each pair, with gradient; margin:
@@ -33,13 +35,14 @@ def bradley_terry_loss(chosen, rejected, margin=None):
         or (torch.is_tensor(margin) and margin.shape not in ((), chosen.shape))
     ):
         raise ValueError(
-            f"chosen and rejected (N,) wanted, N > 0, and a margin of that shape; got {tuple(chosen.shape)}, {tuple(rejected.shape)}"
+            f"chosen and rejected (N,) wanted, N > 0, and a margin of that shape; got {tuple(chosen.shape)}, "
+            f"{tuple(rejected.shape)}"
         )
     d = (chosen - rejected).to(torch.promote_types(chosen.dtype, torch.float32))
     return -F.logsigmoid(d if margin is None else d - margin).mean()
 
 
-def micro_batches(prompts, groups, most):
+def micro_batches(prompts: list, groups: list, most: int) -> Iterator[list[int]]:
     """Groups (a prompt's ids with G answers' ids) of one size and like lengths -> lists of indices, each of
     at most `most` tokens or one group.
     """
@@ -57,7 +60,9 @@ def micro_batches(prompts, groups, most):
 
 
 @torch.no_grad()
-def group_scores(policy, role, prompts, groups, most=4096):
+def group_scores(
+    policy: Policy, role: str, prompts: list, groups: list, most: int = 4096
+) -> list[list[float]]:
     """A role's scores of each prompt's answers -> list of lists of floats. prompts: lists of ids; groups: for
     each a list of answers' ids.
 
@@ -156,7 +161,7 @@ def fit_scorer(
 
 
 def nth_batch(pairs, step, batch_size, seed):
-    """-> how many pairs have been seen with this batch, and its pairs; every epoch has an order of its own."""
+    """-> how many pairs have been seen with this batch, and its pairs; every epoch has its own order."""
     epoch, i = divmod(step, math.ceil(len(pairs) / batch_size))
     generator = torch.Generator().manual_seed(seed * 7919 + epoch)
     order = torch.randperm(len(pairs), generator=generator).tolist()[i * batch_size :][:batch_size]
@@ -164,7 +169,7 @@ def nth_batch(pairs, step, batch_size, seed):
 
 
 def gather_gradient(policy, role, batch, margin, centre, most):
-    """The backward pass of one batch of pairs, a few at a time -> each pair's loss, as the mean of its pass."""
+    """The backward pass of a batch of pairs, a few at a time -> each pair's loss, as the mean of its pass."""
     prompts, groups, losses = [p[0] for p in batch], [[p[1], p[2]] for p in batch], []
     for part in micro_batches(prompts, groups, most):
         with policy.role(role):  # around the backward pass, too, for gradient checkpointing
@@ -202,7 +207,7 @@ def best_evaluation(history: list[dict], pairs: int) -> int:
 
 
 def near_highest(history, pairs):
-    """One standard error below the highest accuracy of a history: what is above cannot be told apart from it."""
+    """One standard error below a history's highest accuracy: what is above cannot be told apart from it."""
     highest = max(line["held_out/accuracy"] for line in history)
     return highest - math.sqrt(highest * (1 - highest) / pairs)
 
@@ -224,9 +229,10 @@ def may_be_best(i: int, history: list[dict], pairs: int) -> bool:
 
 
 class RoleScorer:
-    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and
-    for each a list of answers' texts -> list of lists of raw scores, read at the EOS that is put behind every
-    answer. UserError for a text beyond the context.
+    """A reward model of `python reward.py train`: a role on a Policy's backbone.
+
+    Called with B prompts and for each a list of answers' texts -> list of lists of raw scores, read at the
+    EOS that is put behind every answer. UserError for a text beyond the context.
     """
 
     def __init__(self, policy, role, most=4096):
@@ -244,106 +250,7 @@ class RoleScorer:
         return group_scores(self.policy, self.role, ids, answers, self.most)
 
 
-class Classifier:
-    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template.
-    Called as RoleScorer; the score is logits[0] of the whole templated conversation, as transformers gives it
-    (its templates write BOS and EOS themselves: none is added). It is loaded in the compute type, whatever
-    --quantize says.
-    """
-
-    def __init__(self, name, device="auto", dtype="auto", most=4096):
-        self.name, self.most, self.device = name, most, pick_device(device)
-        source = find_model(name)
-        options = dict(
-            use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
-        )
-        try:
-            with quiet():
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=False, local_files_only=True
-                )
-                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    source, dtype=pick_dtype(dtype, self.device, name), **options
-                )
-        except Exception as error:  # as in Policy.load
-            raise UserError(
-                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights ({first_line(error)})"
-            ) from error
-        if info["missing_keys"]:  # transformers makes up the weights that a checkpoint lacks
-            raise UserError(
-                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); is it a plain language model?"
-            )
-        if model.config.num_labels != 1:
-            raise UserError(
-                f"reward model {name}: its head has {model.config.num_labels} outputs; a score is one number"
-            )
-        if len(self.tokenizer) > len(model.get_input_embeddings().weight):
-            raise UserError(
-                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model {len(model.get_input_embeddings().weight)}; "
-                "they do not belong together"
-            )
-        self.model = model.to(self.device).eval()
-        self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
-        self.pad = model.config.get_text_config().pad_token_id
-
-    def encode(self, prompt, answer):
-        if self.tokenizer.chat_template is None:  # encoders such as DeBERTa take a pair of texts
-            return self.tokenizer("\n".join(m["content"] for m in messages(prompt)), answer)["input_ids"]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [*messages(prompt), {"role": "assistant", "content": answer}], tokenize=False
-            )
-        except Exception as error:  # see Policy.encode_prompt
-            raise UserError(
-                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} ({first_line(error)})"
-            ) from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def tokens(self, prompt, answer):
-        return len(self.encode(prompt, answer))
-
-    @torch.no_grad()
-    def __call__(self, prompts, groups):
-        texts = [self.encode(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
-        for prompt, ids in zip([prompt for prompt, group in zip(prompts, groups) for _ in group], texts):
-            refuse_longer(len(ids), self.context, prompt)
-        scores, batch = [0.0] * len(texts), []
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for at, i in enumerate(order):
-            batch.append(i)
-            full = at + 1 == len(order) or (len(batch) + 1) * len(texts[order[at + 1]]) > self.most
-            if (
-                full or self.pad is None
-            ):  # transformers finds the last token by the padding's id, and takes one text at a time without
-                longest = len(texts[i])
-                ids = torch.tensor(
-                    [texts[j] + [self.pad] * (longest - len(texts[j])) for j in batch], device=self.device
-                )
-                mask = torch.arange(longest, device=self.device) < torch.tensor(
-                    [[len(texts[j])] for j in batch], device=self.device
-                )
-                for j, score in zip(
-                    batch, self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].tolist()
-                ):
-                    scores[j] = score
-                batch = []
-        if not all(map(math.isfinite, scores)):
-            raise UserError(
-                f"reward model {self.name}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
-            )
-        scores = iter(scores)
-        return [[next(scores) for _ in group] for group in groups]
-
-
-def refuse_longer(tokens, context, prompt):
-    if tokens > context:
-        raise UserError(
-            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
-            "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)"
-        )
-
-
-def tokenizer_print(tokenizer):
+def tokenizer_print(tokenizer) -> str:
     """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat
     template tell.
     """
@@ -352,14 +259,16 @@ def tokenizer_print(tokenizer):
     ).hexdigest()[:16]
 
 
-def find_scorer(name):
+def find_scorer(name: str) -> Path:
     """The directory of a reward model, a hub one downloaded if needed; UserError if there is none."""
     if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
         raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
     return Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
 
 
-def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
+def load_scorer(
+    name: str, policy: Policy | None = None, most: int = 4096, device: str = "auto", dtype: str = "auto"
+) -> "RoleScorer | Classifier":
     """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
 
     A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice;
@@ -368,19 +277,7 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     directory = find_scorer(name)
     if not (directory / "adapter_config.json").is_file():
         return Classifier(name, device, dtype, most)
-    try:
-        base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-        info = (
-            json.loads((directory / "reward_model.json").read_text())
-            if (directory / "reward_model.json").is_file()
-            else {}
-        )
-        quantize = info.get("settings", {}).get("quantize", "none")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})"
-        ) from error
-    base = "tiny" if base == "data/tiny" else str(base)
+    base, quantize, tokenizer = read_about(directory, name)
     try:
         shared = policy is not None and os.path.realpath(find_model(base)) == os.path.realpath(policy.source)
         if not shared:
@@ -389,30 +286,87 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
         raise UserError(f"reward model {name}: its base, {base}, is not to be had: {error}") from error
     role = f"reward{len(policy.heads) or ''}"
     parameters = policy.add_role(role, directory)
-    if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
+    if tokenizer not in (None, tokenizer_print(policy.tokenizer)):
         raise UserError(
-            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again"
+            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; "
+            "train it again"
         )
-    size = sum(
-        p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters())
+    weights = parameters.values() if shared else policy.hf.parameters()
+    size = sum(p.numel() * p.element_size() for p in weights)
+    note = (
+        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}"
     )
-    other = quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none")
-    print(
-        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}, {size / 2**20:.1f} MiB"
-        + (
-            f"; it was trained with --quantize {quantize}, so scores here are a little different"
-            if other
-            else ""
-        ),
-        file=sys.stderr,
-    )
+    note += f", {size / 2**20:.1f} MiB"
+    if quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none"):
+        note += f"; it was trained with --quantize {quantize}, so scores here are a little different"
+    print(note, file=sys.stderr)
     return RoleScorer(policy, role, most)
 
 
+def read_about(directory, name):
+    """A saved reward model -> its base (a name for Policy.load), its quantisation, its tokenizer's print or
+    None.
+    """
+    about = directory / "reward_model.json"
+    try:
+        base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
+        info = json.loads(about.read_text()) if about.is_file() else {}
+        quantize, tokenizer = info.get("settings", {}).get("quantize", "none"), info.get("tokenizer")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})"
+        ) from error
+    # The embedded model is named by its path, once as data/tiny; another clone has it at another place.
+    gone = not Path(str(base)).is_dir() and info.get("base") == "tiny"
+    embedded = gone or base == "data/tiny" or os.path.realpath(str(base)) == os.path.realpath(TINY)
+    return "tiny" if embedded else str(base), quantize, tokenizer
+
+
+class ModelReward:
+    """A scorer as a reward function: the raw score, less `missing_eos_penalty` where the sample was cut.
+
+    A sample that was cut is scored as if it had ended.
+    pairwise: R(o, y) in {+1, 0, -1} as in GRAO's experiments, the sign of score(o) - score(y) with 0 within
+    `tie_band`; y is the column `chosen`, and R(y, y) = 0. A prompt is computed once for all its samples.
+    """
+
+    def __init__(self, scorer, name, missing_eos_penalty=1.0, pairwise=False, tie_band=0.0):
+        self.scorer, self.__name__, self.penalty = scorer, name, missing_eos_penalty
+        self.pairwise, self.tie_band = pairwise, tie_band
+
+    def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
+        texts = [last_text(c, "assistant") for c in completions]
+        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
+        keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
+        for key, text, y in zip(keys, texts, references, strict=True):
+            if not self.pairwise or text != y:
+                groups.setdefault(key, {}).update({text: None, y: None})
+        prompt_of = dict(zip(keys, prompts))
+        asked = self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()])
+        for key, row in zip(groups, asked):
+            groups[key] = dict(zip(groups[key], row))
+        rewards = []
+        for key, text, y, cut in zip(keys, texts, references, truncated or [False] * len(texts)):
+            if not self.pairwise:
+                rewards.append(groups[key][text] - self.penalty * cut)
+            else:
+                ahead = groups[key][text] - groups[key][y] if text != y else 0.0
+                d = ahead - self.penalty * cut
+                rewards.append(math.copysign(1.0, d) if abs(d) > self.tie_band else 0.0)
+        return rewards
+
+
 CRITERIA = {
-    "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, says it clearly, and leaves out what nobody needs.",
-    "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with crime or with hatred, insults nobody, keeps private "
-    "things private, and where it declines, says so kindly.",
+    "helpful": (
+        "Which reply is of more use to the person? The better one does what was asked, is correct, says it "
+        "clearly, "
+        "and leaves out what nobody needs."
+    ),
+    "harmless": (
+        "Which reply could do less harm? The better one gives no help with hurting people, with crime or "
+        "with hatred, "
+        "insults nobody, keeps private things private, and where it declines, says so kindly."
+    ),
 }
 
 
@@ -428,8 +382,7 @@ Reply B: {b}
 
 
 class Judge:
-    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B",
-    and nothing is sampled.
+    """A chat model that compares two answers; the verdict is read from the log-probs of "A" and "B".
 
     It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they
     disagree. As a reward function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut
@@ -450,7 +403,8 @@ class Judge:
             or letters[0] == letters[1]
         ):
             raise UserError(
-                f"judge {name}: needs a chat template and a token of its own for each of the letters A and B; choose a chat model"
+                f"judge {name}: needs a chat template and a token of its own for each of the letters A and "
+                "B; choose a chat model"
             )
         self.letters = letters
 
@@ -483,7 +437,8 @@ class Judge:
             odds[part], said[part] = logps[:, 0] - logps[:, 1], logps.exp().sum(1)
         if not odds.isfinite().all():
             raise UserError(
-                f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype bfloat16, may be at fault"
+                f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype "
+                "bfloat16, may be at fault"
             )
         return odds.view(-1, 2) * torch.tensor([1.0, -1.0]), float(said.mean()) if len(asked) else 1.0
 
@@ -500,6 +455,6 @@ class Judge:
         return rewards
 
 
-def verdict(row):
+def verdict(row: torch.Tensor) -> float:
     """log-odds of the two orders (2,) -> +1.0, -1.0, or 0.0 where they disagree or one is undecided."""
     return float(row[0] > 0 and row[1] > 0) - float(row[0] < 0 and row[1] < 0)

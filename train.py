@@ -7,7 +7,6 @@ Everything random in a step (which prompts, which samples) follows from the seed
 stopped and resumed is the run that was never stopped.
 """
 
-import importlib.util
 import math
 import signal
 import sys
@@ -23,11 +22,11 @@ from data import UserError, load_records
 from engine.command_line import exit_status, parse
 from engine.draw import draw_curves
 from engine.measures import report, summary
-from engine.models import first_line, trim_memory
+from engine.models import trim_memory
 from engine.record import RunFolder, peak_memory, read_jsonl
 from engine.settings import check_settings
 from policy import Policy
-from reward import checked_rewards, load_model_reward, verifier
+from reward import checked_rewards, load_model_reward, load_reward, verifier
 
 
 class Sums:
@@ -372,31 +371,6 @@ def schedule(kind, step, warmup, steps):
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]
-
-
-def load_reward(name):
-    """verifier, or a function of the user's own Python file; None for a model, which is loaded once the policy is there."""
-    if name == "verifier":
-        return verifier
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py"):
-        model = name.removeprefix("pairwise:").removeprefix("judge:")
-        if not Path(model).exists() and "/" not in model and model != "tiny":
-            raise UserError(
-                f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), pairwise:DIR, or judge:MODEL"
-            )
-        return None
-    if not Path(path).is_file():
-        raise UserError(f"--reward {name}: no file {path}")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except Exception as error:  # it is the user's program
-        raise UserError(
-            f"--reward {name}: cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------

@@ -98,12 +98,8 @@ def test_the_seed_decides_and_the_size_of_a_pass_does_not(load):
         for o in (dict(seed=0), dict(seed=0), dict(seed=0, max_tokens_per_pass=1), dict(seed=1))
     )
     assert all(map(torch.equal, a, b)) and not all(map(torch.equal, a, d))
-    for x, y in zip(
-        a,
-        c,
-        # normalised by the batch, not by the pass; Adam's first steps are signs, so a rounding residue may move
-        # more
-    ):
+    # Normalised by the batch, not by the pass; Adam's first steps are signs, so a residue may move more.
+    for x, y in zip(a, c):
         torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
 
 
@@ -215,8 +211,8 @@ def test_a_runs_polar_discriminator_stays_with_it_and_repeats_it(tmp_path):
     """Which of its checkpoints is kept hangs on rounding, so that another CPU could not repeat a run of
     UniAPL.
     """
-    small = "--model tiny --device cpu --quantize none --steps 1 --prompts-per-step 2 --group-size 2 --eval-prompts 2"
-    small += " --discriminator-pairs 20 --discriminator-epochs 1"
+    small = "--model tiny --device cpu --quantize none --steps 1 --prompts-per-step 2 --group-size 2"
+    small += " --eval-prompts 2 --discriminator-pairs 20 --discriminator-epochs 1"
     for name, discriminator in (("run", "polar"), ("again", tmp_path / "run" / "discriminator")):
         flags = [*small.split(), "--discriminator", str(discriminator), "--out", str(tmp_path / name)]
         assert train.main(UNIAPL, flags) == 0
