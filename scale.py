@@ -60,9 +60,8 @@ from engine.models import find_model
 from engine.settings import check_settings
 from minigrao import GraoConfig, grao_loss, group_advantages
 from policy import Policy
-from reward import ModelReward
+from reward import ModelReward, load_reward
 from reward_model import load_scorer
-from train import load_reward
 
 # ---------------------------------------------------------------- What is refused before anything is loaded
 

@@ -14,7 +14,6 @@ Everything random in a step (which prompts, which samples) follows from the seed
 so a run that was stopped and resumed is the run that was never stopped.
 """
 
-import importlib.util
 import math
 import sys
 import time
@@ -32,12 +31,11 @@ from data.floor import floor_columns
 from engine.command_line import Stop, choose_command, exit_status, parse
 from engine.evaluation import evaluate, evaluation
 from engine.loop import finish, headline, resumed_config, take_steps
-from engine.models import first_line
 from engine.record import RunFolder
 from engine.records import encode_records, read_records
 from engine.settings import check_ranges, check_settings
 from policy import Policy, Scored
-from reward import checked_rewards, load_model_reward, verifier
+from reward import checked_rewards, load_model_reward, load_reward, verifier
 
 # ---------------------------------------------------------------------------------------------------------
 # What a step works on
@@ -417,35 +415,8 @@ def schedule(kind, step, warmup, steps):
     return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[kind]
 
 
-def load_reward(name):
-    """verifier, or a function of the user's own Python file; None for a model, which is loaded once the
-    policy is there.
-    """
-    if name == "verifier":
-        return verifier
-    path, _, function = name.rpartition(":")
-    if not path.endswith(".py"):
-        model = name.removeprefix("pairwise:").removeprefix("judge:")
-        if not Path(model).exists() and "/" not in model and model != "tiny":
-            raise UserError(
-                f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), pairwise:DIR, or judge:MODEL"
-            )
-        return None
-    if not Path(path).is_file():
-        raise UserError(f"--reward {name}: no file {path}")
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return getattr(module, function)
-    except Exception as error:  # it is the user's program
-        raise UserError(
-            f"--reward {name}: cannot be loaded ({type(error).__name__}: {first_line(error)})"
-        ) from error
-
-
 # --------------------------------------------------------------------------------------------------------
-# The loop
+# The run
 
 
 def run(method, given, reward_fn=None):
