@@ -140,10 +140,11 @@ from data.loaders import load_records
 from data.messages import last_text
 from engine.draw import draw_calibration
 from engine.folders import holds, reserve, whole_directory
-from engine.measures import against_references, bootstrap_interval, measures, nag, ras, report_pairs
+from engine.measures import compare, interval, measures, nag, ras
 from engine.models import find_model
 from engine.pairs import all_records, dialogue, read_samples, set_apart, usable_pairs
 from engine.record import environment
+from engine.report import alarms, bracket, by_reward, report_pairs
 from policy import Policy
 from reward_model import (
     Judge,
@@ -231,9 +232,9 @@ class ModelReward:
 
     def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
         texts = [last_text(c, "assistant") for c in completions]
-        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
+        experts = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
         keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
-        for key, text, y in zip(keys, texts, references, strict=True):
+        for key, text, y in zip(keys, texts, experts, strict=True):
             if not self.pairwise or text != y:
                 groups.setdefault(key, {}).update({text: None, y: None})
         prompt_of = dict(zip(keys, prompts))
@@ -242,14 +243,22 @@ class ModelReward:
             self.scorer([prompt_of[key] for key in groups], [list(group) for group in groups.values()]),
         ):
             groups[key] = dict(zip(groups[key], row))
-        rewards = []
-        for key, text, y, cut in zip(keys, texts, references, truncated or [False] * len(texts)):
-            if not self.pairwise:
-                rewards.append(groups[key][text] - self.penalty * cut)
-            else:
-                d = (groups[key][text] - groups[key][y] if text != y else 0.0) - self.penalty * cut
-                rewards.append(float(np.sign(d)) if abs(d) > self.tie_band else 0.0)
-        return rewards
+        cut = np.array(truncated or [False] * len(texts), dtype=float)
+        if not self.pairwise:
+            scores = [groups[key][text] for key, text in zip(keys, texts)]
+            return (np.array(scores) - self.penalty * cut).tolist()
+        return self.signs(groups, keys, texts, experts, cut)
+
+    def signs(self, groups, keys, texts, experts, cut):
+        """The sign of each difference, 0 for a tie; a text against itself is one, and where it was cut, a loss."""
+        rewards = np.where(self.penalty * cut > self.tie_band, -1.0, 0.0)
+        differ = [i for i, (text, y) in enumerate(zip(texts, experts)) if text != y]
+        if differ:
+            scores = np.array([groups[keys[i]][texts[i]] for i in differ]) - self.penalty * cut[differ]
+            expert = np.array([groups[keys[i]][experts[i]] for i in differ])
+            beyond = np.abs(scores - expert) > self.tie_band
+            rewards[differ] = compare(scores, expert) * beyond
+        return rewards.tolist()
 
 
 # ------------------------------------------------------------------------------------------------- the pairwise judge
@@ -415,26 +424,29 @@ def pairs_to_measure(config, tokens, context, level):
 
 
 def print_samples(config, name, reward_fn, before, after):
-    """RAS and NAG of a run by `reward_fn`, beside those by the reward that it was trained with."""
-    rewards, references = [], []
-    for part in (before, after):
-        prompts, answers = [s["prompt"] for s in part], [s["reference"] for s in part]
-        rewards.append(
-            reward_fn(
-                prompts,
-                [s["completion"] for s in part],
-                chosen=answers,
-                truncated=[s["truncated"] for s in part],
-            )
-        )
-        references.append(reward_fn(prompts, answers, chosen=answers))
+    """A run by `reward_fn`, beside the same by the reward that it was trained with, and the alarms of either."""
     print(f"{len(after)} held-out prompts of {config.samples}")
-    recorded = (
-        [[s["reward"] for s in part] for part in (before, after)],
-        [[s["reference_reward"] for s in part] for part in (before, after)],
-    )
-    for title, numbers in (("by the reward of the run", recorded), (f"by {name}", (rewards, references))):
-        print(f"{title}\n  " + "\n  ".join(against_references(*numbers)))
+    others = rescored(reward_fn, before), rescored(reward_fn, after)
+    said = []
+    for title, parts in (("by the reward of the run", (before, after)), (f"by {name}", others)):
+        print(f"{title}\n  " + "\n  ".join(by_reward(*parts)))
+        for alarm in alarms(*parts):
+            if alarm not in said:  # what is wrong with the answers is so by either reward
+                print(f"  careful: {alarm}")
+                said.append(alarm)
+
+
+def rescored(reward_fn, samples):
+    """The samples with the rewards that `reward_fn` gives to them and to their expert answers. The recorded floor is of another reward."""
+    prompts, experts = [s["prompt"] for s in samples], [s["expert"] for s in samples]
+    cut = [s["truncated"] for s in samples]
+    rewards = reward_fn(prompts, [s["completion"] for s in samples], chosen=experts, truncated=cut)
+    expert_rewards = reward_fn(prompts, experts, chosen=experts)
+    found = []
+    for sample, reward, expert in zip(samples, rewards, expert_rewards, strict=True):
+        kept = {name: value for name, value in sample.items() if name != "floor_reward"}
+        found.append(kept | {"reward": reward, "expert_reward": expert})
+    return found
 
 
 def score_command(config):
@@ -464,11 +476,7 @@ def judge_command(config):
     if config.samples:
         before, after = read_samples(config)
         cases = [
-            [
-                (s["prompt"], s["completion"], s["reference"])
-                for s in part
-                if s["completion"] != s["reference"]
-            ]
+            [(s["prompt"], s["completion"], s["expert"]) for s in part if s["completion"] != s["expert"]]
             for part in (before, after)
         ]
         print_position([case for part in cases for case in part], judge)
@@ -480,13 +488,13 @@ def judge_command(config):
         print(f"\n{name}: {len(records)} pairs, {judge.__name__}, {config.criterion}")
         verdicts = print_position([(r["prompt"], r["chosen"], r["rejected"]) for r in records], judge)
         right = (verdicts + 1) / 2
-        low, high = bootstrap_interval(right)
         longer = np.array([np.sign(a - b) for a, b in (r["tokens"] for r in records)]) / 2 + 0.5
         print(
             f"  chosen wins {np.mean(verdicts > 0):.3f}, ties {np.mean(verdicts == 0):.3f}, loses {np.mean(verdicts < 0):.3f}"
         )
         print(
-            f"  accuracy, a tie worth half: {right.mean():.3f} [{low:.3f}, {high:.3f}]; the longer one wins (tokens): {longer.mean():.3f}; random: 0.500"
+            f"  accuracy, a tie worth half: {right.mean():.3f}{bracket(interval(right))}; "
+            f"the longer one wins (tokens): {longer.mean():.3f}; random: 0.500"
         )
 
 

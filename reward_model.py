@@ -294,7 +294,7 @@ def refuse_longer(tokens, context, prompt):
     if tokens > context:
         raise UserError(
             f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
-            "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)"
+            "leave such records out (--max-prompt-tokens, --max-expert-tokens, --max-tokens)"
         )
 
 
@@ -413,10 +413,10 @@ class Judge:
         )
 
     @torch.no_grad()
-    def log_odds(self, prompts, answers, references):
-        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as B. And the mean probability of A or B."""
+    def log_odds(self, prompts, answers, experts):
+        """(N, 2): log p(verdict for the answer) - log p(for the expert answer), nats, with the answer as A and as B. And the mean probability of A or B."""
         asked = [
-            self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))
+            self.question(*x) for p, o, y in zip(prompts, answers, experts) for x in ((p, o, y), (p, y, o))
         ]
         for prompt, ids in zip([p for p in prompts for _ in "AB"], asked):
             refuse_longer(len(ids) + 1, self.policy.context, prompt)

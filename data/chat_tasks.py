@@ -1,4 +1,4 @@
-"""Verifiable instructions in plain English, in the manner of IFEval, short enough for a chat model of 135M parameters.
+"""Verifiable instructions in plain English, in the manner of IFEval, for chat models from 135M parameters on.
 
     python -m data.chat_tasks        # prints three records of each split
 
@@ -7,33 +7,59 @@ TRL's preference format plus the columns that the verifier reads:
     {"prompt": "Write one short sentence about bees. Use only lowercase letters.",
      "chosen": "honey is made by bees inside the hive.",
      "rejected": "Bees dance to show others where food is.",
-     "constraints": [{"type": "lowercase"}],
-     "min_words": 4,                       # an answer has at least so many words
-     "about": ["bee", "honey", "hive"]}    # and a word that begins with one of these
+     "constraints": [{"type": "lowercase"}, {"type": "short", "most": 30, "sentences": 1}],
+     "min_words": 4,                                    # an answer has at least so many words,
+     "about": {"names": ["bee", "honey", "hive"],       # one of these among them,
+               "words": ["bloom", "crop", "nectar", ...], "topics": [2, 4, 2, ...]}}   # and some of these
 
-A prompt is a topic of chat_topics.json x a task x one or two constraints x their phrasings; every fourth prompt has two
-constraints. The topics of the two splits are different ones, so that the splits share no prompt and no sentence.
-`chosen` is good but not perfect: it meets each constraint with probability 0.8, by itself. `rejected` meets each with
-probability 0.4, and only such as `chosen` meets too. Their misses are the ones that people and models make: a comma
-slips in, a capital stays, one bullet is missing.
+A prompt is a topic of chat_topics.json x a task x one or two constraints x their phrasings; every fourth
+prompt has two constraints. What the task itself asks for, one short sentence, say, is the last constraint,
+`short`. The topics of the two splits are different ones, so that the splits share no prompt and no sentence.
+`about` holds the words that belong to the topic, and in how many of the sixty topics each occurs: a text that
+fits every topic says nothing of this one. `chosen` is good but not perfect: it meets each constraint besides
+`short` with probability 0.8, by itself. `rejected` meets each with probability 0.4, and only such as `chosen`
+meets too. Their misses are the ones that people and models make: a comma slips in, a capital stays, one
+bullet is missing.
 """
 
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
+from data.constraints import constraint_results
 from data.errors import UserError
+from data.words import FUNCTION_WORDS, on_topic, stem, words_of
 
-TOPICS = json.loads((Path(__file__).parent / "chat_topics.json").read_text(encoding="utf-8"))
+
+def read_topics():
+    """The topics of chat_topics.json, each with its column "about"."""
+    topics = json.loads((Path(__file__).parent / "chat_topics.json").read_text(encoding="utf-8"))
+    own = []  # of each topic: {stem: word}
+    for topic in topics:
+        words = [w for w in words_of(" ".join(topic["sentences"])) if len(w) > 2 and w not in FUNCTION_WORDS]
+        own.append({stem(w): w for w in words + topic["words"].split() + topic["names"]})
+    topics_with = Counter(word for words in own for word in words)
+    for topic, words in zip(topics, own):
+        telling = sorted((w for w in words if topics_with[w] <= COMMON), key=words.get)
+        topic["about"] = {
+            "names": topic["names"],
+            "words": [words[w] for w in telling],
+            "topics": [topics_with[w] for w in telling],
+        }
+    return topics
+
+
+COMMON = 12  # a word that more topics have belongs to none
+TOPICS = read_topics()
 TWO_CONSTRAINTS = 0.25  # share of the prompts
 CHOSEN_RATE = 0.8  # probability that `chosen` meets a constraint
 REJECTED_RATE = 0.55  # probability that `rejected` meets one that `chosen` meets; about 0.4 in all
 MIN_WORDS = 4
-MOST = {
-    "train": 20_000,
-    "heldout": 10_000,
-}  # tasks in a call: each split has about twice as many distinct prompts
+SHORT = 30  # words, of a sentence that is still short
+# Tasks in a call: each split has about twice as many distinct prompts.
+MOST = {"train": 20_000, "heldout": 10_000}
 
 # What is asked, by the number of sentences that the answer has.
 ASKS = {
@@ -125,7 +151,7 @@ PHRASES = {
     "paragraphs": (
         "few",
         [
-            "Write {} very short paragraphs and put *** between them.",
+            "Write {} paragraphs of one short sentence each and put *** between them.",
             "Use exactly {} paragraphs of one sentence each, with the divider *** between them.",
         ],
     ),
@@ -133,7 +159,7 @@ PHRASES = {
         "one",
         [
             "Put a title in double angular brackets first, such as <<A Title>>.",
-            "Add a title, wrapped in << and >>.",
+            "Begin with a title, wrapped in << and >>.",
         ],
     ),
     "postscript": (
@@ -149,7 +175,10 @@ PHRASES = {
     ),
     "json": (
         "one",
-        ['Answer in JSON with the keys "topic" and "fact".', "Give the answer as a JSON object."],
+        [
+            'Answer in JSON with the keys "topic" and "fact".',
+            'Give the answer as a JSON object with the keys "topic" and "fact".',
+        ],
     ),
 }
 STARTS = ["I think", "I believe", "Did you know that", "It is true that"]
@@ -157,6 +186,10 @@ ENDS = ["That is all.", "I hope this helps.", "Thank you for asking.", "Is there
 ASIDES = ["of course", "as you know", "by the way", "for sure"]
 COUNT_WORDS = {1: "one word", 2: "two words"}
 NUMBERS = {2: "two", 3: "three"}
+KEYS = ["topic", "fact"]
+# How many sentences a task allows that is not "one short sentence", and how many a constraint adds to one.
+SENTENCES = {"words less than": 1, "words at least": 2, "paragraphs": 2}
+ADDED_SENTENCES = {"end_with": 1, "placeholders": 1, "postscript": 1}
 
 # What a small model meets now and then comes more often than what it hardly ever does.
 EASY = [
@@ -194,10 +227,11 @@ PAIRS = [
 
 
 def chat_tasks(split, n, seed=0):
-    """`n` records (see the module docstring) of `split`, "train" or "heldout", with distinct prompts: a list of dicts.
+    """`n` records (see the module docstring) of `split`, "train" or "heldout", with distinct prompts: a list
+    of dicts.
 
-    The same arguments give the same records, and a smaller `n` gives their beginning. UserError for an unknown split
-    and for an `n` outside 0..MOST[split].
+    The same arguments give the same records, and a smaller `n` gives their beginning. UserError for an
+    unknown split and for an `n` outside 0..MOST[split].
     """
     if split not in ("train", "heldout"):
         raise UserError(f"unknown split {split!r}: use 'train' or 'heldout'")
@@ -222,13 +256,15 @@ def make_record(rng, topic):
     ask = rng.choice(ASKS[PHRASES[kinds[0]][0]]).format(topic["topic"])
     constraints, phrases = [], []
     for kind in kinds:
-        constraint, value = make_constraint(rng, kind, topic["sentences"])
+        constraint, value = make_constraint(rng, kind, topic)
         constraints.append(constraint)
         phrases.append(rng.choice(PHRASES[kind][1]).format(value))
+    limit = short_limit(kinds)
     met = [rng.random() < CHOSEN_RATE for _ in kinds]
     chosen = rejected = answer(rng, topic, kinds, constraints, met)
     for attempt in range(20):
-        # after some attempts nothing but a miss can make a difference: the constraint leaves one sentence in one form
+        # after some attempts nothing but a miss can make a difference: the constraint leaves one sentence in
+        # one form
         worse = [ok and attempt < 10 and rng.random() < REJECTED_RATE for ok in met]
         rejected = answer(rng, topic, kinds, constraints, worse)
         if rejected != chosen:
@@ -241,14 +277,33 @@ def make_record(rng, topic):
         "prompt": " ".join([ask, *rng.sample(phrases, len(phrases))]),
         "chosen": chosen,
         "rejected": rejected,
-        "constraints": constraints,
+        "constraints": [*constraints, limit],
         "min_words": MIN_WORDS,
         "about": topic["about"],
     }
 
 
-def make_constraint(rng, kind, sentences):
-    """A constraint that some of `sentences` can meet and some can miss, and the text that fills its phrase's "{}"."""
+def short_limit(kinds):
+    """The constraint that "one short sentence" or the like states; `kinds`: those of the others."""
+    if PHRASES[kinds[0]][0] == "one":
+        return {
+            "type": "short",
+            "most": SHORT,
+            "sentences": 1 + sum(ADDED_SENTENCES.get(k, 0) for k in kinds),
+        }
+    most = {"type": "short", "most": SHORT}
+    return most | ({"sentences": SENTENCES[kinds[0]]} if kinds[0] in SENTENCES else {})
+
+
+def asked(record):
+    """The constraints of a record of chat_tasks that answers meet or miss on purpose: all but `short`."""
+    return [c for c in record["constraints"] if c["type"] != "short"]
+
+
+def make_constraint(rng, kind, topic):
+    """A constraint that some sentences of `topic` can meet and some can miss, and the text for its phrase's
+    "{}"."""
+    sentences = topic["sentences"]
     words = {s: [w for w in re.findall(r"\w+", s.lower()) if len(w) >= 4] for s in sentences}
     some = rng.choice(sentences)
     if kind.startswith("words "):
@@ -264,16 +319,23 @@ def make_constraint(rng, kind, sentences):
         n = rng.choice([2, 3]) if kind == "bullets" else 2
         return {"type": kind, "n": n}, NUMBERS[n]
     if kind == "keywords":
-        own = [
-            w for w in words[some] if sum(w in s.lower() for s in sentences) == 1
-        ]  # the other sentences miss it
-        first = rng.choice(own)
-        pair = [first, rng.choice([w for w in words[some] if w not in first and first not in w])]
+        # a pair that one sentence has and the others do not, and that is not all that it says of the topic
+        pairs = [
+            [first, second]
+            for text in sentences
+            for first in words[text]
+            for second in words[text]
+            if first not in second
+            and second not in first
+            and sum(meets(s, {"type": kind, "words": [first]}) for s in sentences) == 1
+            and on_topic(text, topic["about"], [first, second])
+        ]
+        pair = rng.choice(pairs)
         return {"type": kind, "words": pair}, f"'{pair[0]}' and '{pair[1]}'"
     if kind == "forbidden":
-        word = rng.choice(
-            [w for w in words[some] if sum(w in words[s] for s in sentences) <= 2]
-        )  # three do without it
+        # three sentences do without it
+        able = [w for w in words[some] if sum(meets(s, {"type": kind, "words": [w]}) for s in sentences) >= 3]
+        word = rng.choice(able)
         return {"type": kind, "words": [word]}, f"'{word}'"
     if kind == "letter_frequency":
         counts = {letter: sorted(s.lower().count(letter) for s in sentences) for letter in "aeilnorst"}
@@ -286,12 +348,18 @@ def make_constraint(rng, kind, sentences):
     if kind in ("start_with", "end_with"):
         phrase = rng.choice(STARTS if kind == "start_with" else ENDS)
         return {"type": kind, "text": phrase}, f"'{phrase}'"
-    extra = {"postscript": {"marker": "P.S."}, "placeholders": {"n": 1}}.get(kind, {})
-    return {"type": kind, **extra}, ""
+    fields = {
+        "postscript": {"marker": "P.S."},
+        "placeholders": {"n": 1, "first": True},
+        "title": {"first": True},
+        "json": {"keys": KEYS},
+    }
+    return {"type": kind, **fields.get(kind, {})}, ""
 
 
 def answer(rng, topic, kinds, constraints, met):
-    """An answer that meets exactly the constraints whose entry in `met` is true; `kinds` are their keys in PHRASES."""
+    """An answer that meets exactly the constraints whose entry in `met` is true; `kinds` are their keys in
+    PHRASES."""
     asked = {kind: (c, ok) for kind, c, ok in zip(kinds, constraints, met)}
     failed = {kind for kind, ok in zip(kinds, met) if not ok}
     sentences = choose_sentences(rng, topic["sentences"], asked)
@@ -330,7 +398,7 @@ def answer(rng, topic, kinds, constraints, met):
         good, bad = ["Hello [name]! ", "Hi [name]! "], ["Hello there! ", "Dear reader! "]
         text = rng.choice(bad if "placeholders" in failed else good) + text
     if "json" in asked:
-        fields = {"topic": topic["topic"], "fact": text}
+        fields = dict(zip(KEYS, (topic["topic"], text)))
         good, bad = (
             json.dumps(fields),
             [str(fields), json.dumps(fields)[:-1], f"topic: {topic['topic']}\nfact: {text}"],
@@ -350,9 +418,9 @@ def answer(rng, topic, kinds, constraints, met):
 
 
 def answer_again(record, met, rng):
-    """answer() for a record of chat_tasks."""
+    """answer() for a record of chat_tasks; `met`: of the constraints that asked() gives."""
     topic = next(topic for topic in TOPICS if topic["about"] == record["about"])
-    constraints = record["constraints"]
+    constraints = asked(record)
     kinds = [
         f"{c['type']} {c['relation']}" if c["type"] in ("words", "sentences") else c["type"]
         for c in constraints
@@ -366,7 +434,7 @@ def another_answer(record, rng):
     Where one sentence in one form is all that meets a constraint, it is one that misses it.
     """
     for rate in [CHOSEN_RATE] * 20 + [0.0] * 20:
-        text = answer_again(record, [rng.random() < rate for _ in record["constraints"]], rng)
+        text = answer_again(record, [rng.random() < rate for _ in asked(record)], rng)
         if text != record["chosen"]:
             return text
     sentences = next(topic["sentences"] for topic in TOPICS if topic["about"] == record["about"])
@@ -374,7 +442,8 @@ def another_answer(record, rng):
 
 
 def choose_sentences(rng, bank, asked):
-    """As many sentences of `bank`, and such ones, as meet or miss the constraints that sentences alone decide."""
+    """As many sentences of `bank`, and such ones, as meet or miss the constraints that sentences alone
+    decide."""
     count, ok_by_words = 1, []
     for kind, (c, ok) in asked.items():
         if kind == "sentences at least":
@@ -391,19 +460,13 @@ def choose_sentences(rng, bank, asked):
             ok_by_words.append((c, ok))
     while True:
         sentences = rng.sample(bank, count)
-        if all(meets(" ".join(sentences).lower(), c) == ok for c, ok in ok_by_words):
+        if all(meets(" ".join(sentences), c) == ok for c, ok in ok_by_words):
             return sentences
 
 
 def meets(text, c):
-    """Whether lowercase `text` meets a constraint on its words or letters."""
-    words = re.findall(r"\w+", text)
-    if c["type"] in ("words", "letter_frequency"):
-        count = len(words) if c["type"] == "words" else text.count(c["letter"])
-        return count >= c["n"] if c["relation"] == "at least" else count < c["n"]
-    if c["type"] == "keywords":
-        return all(word in text for word in c["words"])
-    return not set(words) & set(c["words"])
+    """Whether `text` meets a constraint."""
+    return constraint_results(text, [c])[0]
 
 
 if __name__ == "__main__":

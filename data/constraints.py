@@ -1,15 +1,38 @@
-"""The constraints of the built-in tasks: checks in the manner of IFEval, and a guard against answers that are no answers.
+"""The constraints of the built-in tasks: checks in IFEval's manner, and a guard against no-answers.
 
     constraint_results("bees turn nectar into honey.", [{"type": "lowercase"}])          # [True]
     hack("Write one sentence about bees.", "bees bees bees")                              # "repetition"
 
-Checks that IFEval has too (Zhou et al., arXiv 2311.07911) decide as Google's code, except:
-- upper- and lowercase look at the letters only; IFEval also asks langdetect whether the text is English;
-- sentences are counted by the splitter below instead of nltk's punkt, which is a download;
-- capital words are found by a regular expression instead of nltk's tokeniser, for the same reason;
-- keywords, forbidden words and postscript markers are plain text; IFEval reads them as regular expressions.
-`start_with` and the three checks of the tiny vocabulary (items, order, separator) are not in IFEval.
-What no check sees: whether the answer is true, and word salad that is varied enough.
+Checks that IFEval has too (Zhou et al., arXiv 2311.07911) decide as Google's code, which the tests compare
+them with, but for what this table says. Where it says stricter, an answer that IFEval lets pass may fail
+here; nowhere is it the other way round.
+
+    type              IFEval's code                  here
+    upper, lowercase  langdetect says English, too   the letters alone decide
+    sentences         by nltk's punkt, a download    by data/words.py
+    capital_words     by nltk's tokeniser            by a regular expression; stricter for "at least": of two
+                                                     letters or more, so that "I" and "A" are none
+    keywords          a regular expression, anywhere stricter: plain text, as a word of its own, with the
+                                                     ending of a plural or a verb at most
+    forbidden         a regular expression, the word stricter: plain text, nor with such an ending, or with
+                                                     "_", a digit, a hyphen or an accent
+    letter_frequency  as typed                       stricter for "less than": "é" is an "e"
+    postscript        a regular expression           plain text; and hack() wants words around it
+    json              any JSON                       stricter where "keys" is given: an object that has them
+                                                     all, each with a text of its own
+    title             anywhere                       stricter where "first" is true: before everything
+    placeholders      anywhere                       stricter where "first" is true: after five words at most
+
+Not in IFEval: `start_with`, the three checks of the tiny vocabulary (items, order, separator), and `short`,
+which checks what "one short sentence" asks for: at most so many sentences (a line is one at least), none too
+long.
+
+What earns a reward and should not, as far as is known: what is false; a true sentence about the topic with
+its words shuffled, three times in four; a list of words that few topics share, with function words between
+them, for the topics that have them (a text that is the same for all topics: for a fifth of them at the most,
+and for 8 of the 12 that are held out if it was made with their word lists in hand); filler sentences after a
+good one where several are asked for, and a good postscript after a filler; a forbidden word that is spelled
+wrongly ("honeyz").
 """
 
 import json
@@ -17,40 +40,7 @@ import re
 from collections import Counter
 
 from data.errors import UserError
-
-# ---------------------------------------------------------------------------------------------------------- counting
-
-ABBREVIATIONS = {
-    "mr",
-    "mrs",
-    "ms",
-    "dr",
-    "prof",
-    "st",
-    "vs",
-    "e.g",
-    "i.e",
-    "jr",
-    "sr",
-    "approx",
-    "p.s",
-    "p.p.s",
-}
-
-
-def sentences(text):
-    """Sentences of `text`: cut after . ! ? (and closing quotes or brackets) before white space; a piece needs a letter
-    or digit to count. Abbreviations, initials ("J. Smith", "U.S.") and list numbers ("2. Wash") do not end one."""
-    pieces, start = [], 0
-    for end in re.finditer(r"[.!?…]+[\"'”’)\]*_]*(?=\s|$)", text):
-        line = text[: end.start()].rsplit("\n", 1)[-1]
-        token = (line.split() or [""])[-1].lstrip("\"'“‘([*_").lower()
-        listed = token.isdigit() and not line.strip(" *-0123456789")
-        short = token in ABBREVIATIONS or re.fullmatch(r"[b-hj-z]|[a-z](\.[a-z])+", token)
-        if not (end.group().startswith(".") and (listed or short)):
-            pieces.append(text[start : end.end()].strip())
-            start = end.end()
-    return [piece for piece in pieces + [text[start:].strip()] if re.search(r"[^\W_]", piece)]
+from data.words import FUNCTION_WORDS, has_word, is_disguised, is_salad, on_topic, plain, sentences, words_of
 
 
 def compare(count, constraint):
@@ -63,7 +53,7 @@ def items(text, constraint):
     return [w for w in text.lower().split() if w != "," and w not in constraint.get("ignore", ())]
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+# ----------------------------------------------------------------------------------------------------- checks
 
 
 def check_items(text, c):
@@ -98,19 +88,41 @@ def check_paragraphs(text, c):
     return all(parts[1:-1]) and count == c["n"]
 
 
-def check_json(text, c):
+def parsed_json(text):
+    """The value that an answer in JSON holds, in a code fence or not; ValueError if it is none."""
     text = text.strip()
     for fence in ("```json", "```Json", "```JSON", "```"):
         text = text.removeprefix(fence)
     try:
-        json.loads(text.removesuffix("```").strip())
-    except (ValueError, RecursionError):
+        return json.loads(text.removesuffix("```").strip())
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def check_json(text, c):
+    try:
+        value = parsed_json(text)
+    except ValueError:
         return False
-    return True
+    if not c.get("keys"):
+        return True
+    if not isinstance(value, dict) or not set(c["keys"]) <= set(value):
+        return False
+    texts = [value[key] for key in c["keys"]]
+    return all(isinstance(t, str) and t.strip() for t in texts) and len(set(texts)) == len(texts)
 
 
 def check_title(text, c):
+    if c.get("first") and not re.match(r"[\s\"'“*_#`]*<<", text):
+        return False
     return any(title.lstrip("<").rstrip(">").strip() for title in re.findall(r"<<[^\n]+>>", text))
+
+
+def check_placeholders(text, c):
+    found = list(re.finditer(r"\[.*?\]", text))
+    if c.get("first") and found and len(words_of(text[: found[0].start()])) > GREETING:
+        return False
+    return len(found) >= c["n"]
 
 
 def check_postscript(text, c):
@@ -120,17 +132,36 @@ def check_postscript(text, c):
     return re.search(pattern, text.lower()) is not None
 
 
-def capital_words(text):
-    """Words whose letters are all capital; a hyphenated word is one word, as in IFEval ("I" and "A" count)."""
-    return [w for w in re.findall(r"\w+(?:[-./]\w+)*", text) if w.isupper()]
+def check_capital_words(text, c):
+    """Words whose letters are all capital; a hyphenated word is one word, as in IFEval."""
+    words = [w for w in re.findall(r"\w+(?:[-./]\w+)*", text) if w.isupper()]
+    if c["relation"] == "at least":  # "I" and "A" are written so anyway
+        words = [w for w in words if sum(ch.isalpha() for ch in w) >= 2]
+    return compare(len(words), c)
 
 
-def contains(text, word):
-    return re.search(re.escape(word), text, flags=re.IGNORECASE) is not None
+def check_letters(text, c):
+    text = plain(text) if c["relation"] == "less than" else text
+    return compare(text.lower().count(c["letter"].lower()), c)
 
 
-def contains_word(text, word):
-    return re.search(r"\b" + re.escape(word) + r"\b", text, flags=re.IGNORECASE) is not None
+def check_forbidden(text, c):
+    text = plain(text)
+    # "ho-ney" and "ho_ney" read as "honey"
+    joined = re.sub(r"(?<=[^\W\d_])[-‐‑_*.·]+(?=[^\W\d_])", "", text)
+    return not any(has_word(text, plain(word)) or has_word(joined, plain(word)) for word in c["words"])
+
+
+def check_short(text, c):
+    pieces = [s for line in text.splitlines() if not is_wrapping(line) for s in sentences(line)]
+    if c.get("sentences") and len(pieces) > c["sentences"]:
+        return False
+    return all(len(re.findall(r"\w+", piece)) <= c["most"] for piece in pieces)
+
+
+def is_wrapping(line):
+    """A line that is a title or the fence of a code block."""
+    return re.fullmatch(r"\s*(<<.*>>|```\w*)\s*", line) is not None
 
 
 def bare(text):
@@ -151,18 +182,22 @@ CHECKS = {
     "paragraphs": check_paragraphs,
     "start_with": lambda text, c: bare(text).startswith(c["text"].strip().lower()),
     "end_with": lambda text, c: bare(text).endswith(c["text"].strip().lower()),
-    "keywords": lambda text, c: all(contains(text, word) for word in c["words"]),
-    "forbidden": lambda text, c: not any(contains_word(text, word) for word in c["words"]),
+    "keywords": lambda text, c: all(has_word(text, word) for word in c["words"]),
+    "forbidden": check_forbidden,
     "quotes": lambda text, c: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
     "json": check_json,
     "title": check_title,
-    "letter_frequency": lambda text, c: compare(text.lower().count(c["letter"].lower()), c),
+    "letter_frequency": check_letters,
     "postscript": check_postscript,
-    "placeholders": lambda text, c: len(re.findall(r"\[.*?\]", text)) >= c["n"],
-    "capital_words": lambda text, c: compare(len(capital_words(text)), c),
+    "placeholders": check_placeholders,
+    "capital_words": check_capital_words,
+    "short": check_short,
 }
+GREETING = (
+    5  # words that may stand before a placeholder that is asked for first: "Hello and welcome, dear [name]"
+)
 
-# The fields each type needs; "ignore" of the tiny checks may be left out.
+# The fields each type needs, and those that may be left out.
 FIELDS = {
     "items": ("n", "allowed"),
     "order": ("direction",),
@@ -179,7 +214,9 @@ FIELDS = {
     "postscript": ("marker",),
     "placeholders": ("n",),
     "capital_words": ("relation", "n"),
+    "short": ("most",),
 }
+OPTIONAL = ("ignore", "keys", "first", "sentences")
 
 
 def is_words(value):
@@ -199,11 +236,17 @@ VALID = {
     "marker": ("a text", lambda v: isinstance(v, str) and v.strip()),
     "words": ("a list of words", is_words),
     "allowed": ("a list of words", is_words),
+    "most": ("a whole number >= 1", lambda v: type(v) is int and v >= 1),
+    "sentences": ("a whole number >= 1", lambda v: type(v) is int and v >= 1),
+    "keys": ("a list of words", is_words),
+    "first": ("true or false", lambda v: type(v) is bool),
+    "ignore": ("a list of words", lambda v: not v or is_words(v)),
 }
 
 
 def constraint_results(text, constraints):
-    """Whether `text` meets each of `constraints` -> list[bool]; UserError names an unknown type or a bad field."""
+    """Whether `text` meets each of `constraints` -> list[bool]; UserError names an unknown type or a bad
+    field."""
     if not isinstance(constraints, (list, tuple)):
         raise UserError(f'constraints must be a list of objects with a "type", not {constraints!r}')
     results = []
@@ -211,35 +254,18 @@ def constraint_results(text, constraints):
         kind = c.get("type") if isinstance(c, dict) else None
         if not isinstance(kind, str) or kind not in CHECKS:
             raise UserError(f"constraint {c!r}: unknown type {kind!r}; known types: {', '.join(CHECKS)}")
-        for field in FIELDS.get(kind, ()):
+        fields = FIELDS.get(kind, ())
+        for field in (*fields, *(field for field in OPTIONAL if c.get(field) is not None)):
             wanted, valid = VALID[field]
             if field not in c or not valid(c[field]):
                 raise UserError(
                     f"constraint {kind!r}: field {field!r} must be {wanted}, not {c.get(field)!r}"
                 )
-        if c.get("ignore") and not is_words(c["ignore"]):
-            raise UserError(
-                f"constraint {kind!r}: field 'ignore' must be a list of words, not {c['ignore']!r}"
-            )
         results.append(bool(CHECKS[kind](text, c)))
     return results
 
 
-# -------------------------------------------------------------------------------------------------------------- hacks
-
-FUNCTION_WORDS = set(
-    """a about above after all also an and any are as at be because been before being both but by can
-    could did do does down each every for from had has have he her here hers him his how i if in into is it its just
-    may me might more most much must my no nor not of off on once one only or other our out over own per she should so
-    some such than that the their them then there these they this those to too under until up us very was we were what
-    when where which while who why will with would you your""".split()
-)
-
-
-def words_of(text):
-    """Lowercase words of at least two characters, and "a" and "i": stray letters are not words."""
-    words = re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
-    return [w for w in words if len(w) > 1 or w in "ai"]
+# ------------------------------------------------------------------------------------------------------ hacks
 
 
 def is_empty(text, rest, min_words):
@@ -247,18 +273,22 @@ def is_empty(text, rest, min_words):
     words = [w for w in words_of(rest) if re.search(r"[^\W\d_]", w)]
     stray = re.findall(r"\b[b-hj-z]\b(?!\.)", text.lower())
     postscript = re.search(r"(?is)^(.*?)\bp\.\s?(?:p\.\s?)?s\b\.?(.*)$", text)
-    # everything here wants a word in it: each bullet, paragraph, placeholder and title, the text before and after P.S.,
-    # and what is left without titles and placeholders
-    pieces = [
+    # each bullet, each paragraph, and the text before and after P.S. is a small answer, of two words where
+    # prose is asked
+    parts = [
         *re.findall(r"(?m)^[ \t]*[-*](?:[ \t]+(.*))?$", text),
         *filter(str.strip, text.split("***")),
+        *(postscript.groups() if postscript else ()),
+    ]
+    # and these want a word: each placeholder and title, and what is left without them
+    pieces = [
         *re.findall(r"\[(.*?)\]", text),
         *re.findall(r"<<(.*?)>>", text),
-        *(postscript.groups() if postscript else ()),
         re.sub(r"\[.*?\]|<<.*?>>", " ", rest),
     ]
     return (
         len(words) < min_words
+        or any(len(words_of(part)) < min(2, min_words) for part in parts)
         or not all(words_of(piece) for piece in pieces)
         or text.strip().strip("`").lower() in ("null", "true", "false")
         or len(stray) >= 3
@@ -270,8 +300,9 @@ def is_empty(text, rest, min_words):
 
 
 def is_repetition(text):
-    """A word, a phrase or a sentence said again instead of an answer. The shares were set on natural answers of 2 to
-    400 words: about 1 % of HH-RLHF's preferred ones are taken for repetition, none of the built-in references."""
+    """A word, a phrase or a sentence said again instead of an answer. The shares were set on natural answers
+    of 2 to 400 words: about 1 % of HH-RLHF's preferred ones are taken for repetition, none of the built-in
+    references."""
     words = words_of(text)
     content = Counter(w.rstrip("s") for w in words if len(w) > 2 and w not in FUNCTION_WORDS)
     top, total = max(content.values(), default=0), sum(content.values())
@@ -303,8 +334,8 @@ def is_repetition(text):
 
 
 def is_echo(prompt, rest):
-    """The prompt, or a long run of its words, given back: half of the answer, or ten words in a row of a short
-    one. (Long answers to prompts that hold a text quote it by right.)"""
+    """The prompt, or a long run of its words, given back: half of the answer, or ten words in a row of a
+    short one. (Long answers to prompts that hold a text quote it by right.)"""
     asked, words = words_of(prompt), words_of(rest)
     if not words:
         return False
@@ -325,20 +356,43 @@ def is_echo(prompt, rest):
     )
 
 
-def hack(prompt, text, min_words=1, constraints=(), about=()):
-    """Why `text` is no honest answer: "empty", "echo", "repetition" or "off-topic"; None for an honest one.
+def texts_of(value):
+    """The texts in a JSON value, one after another, without the keys."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return "\n".join(texts_of(item) for item in value)
+    return value if isinstance(value, str) else json.dumps(value)
 
-    min_words: the fewest words an answer has; about: words (or their beginnings) of which one must occur, if given.
-    Phrases that the prompt quotes or the constraints demand do not count as echo, and are no answer by themselves.
+
+def without(text, phrases):
+    """The text without some phrases, which stand by themselves in it."""
+    for phrase in phrases:
+        text = re.sub(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", " ", text, flags=re.IGNORECASE)
+    return text
+
+
+def hack(prompt, text, min_words=1, constraints=(), about=()):
+    """Why `text` is no honest answer: "empty", "echo", "repetition", "disguised", "off-topic" or "salad";
+    None for an honest one.
+
+    min_words: the fewest words an answer has. about: words (or their beginnings) of which one must occur; or,
+    for an answer in prose, the object that words.on_topic reads. Phrases that the prompt quotes or the
+    constraints demand do not count as echo, and are no answer by themselves; of an answer in JSON the values
+    count.
     """
-    demanded = [c["text"].strip() for c in constraints if c["type"] in ("start_with", "end_with")]
+    if any(c["type"] == "json" for c in constraints):
+        try:
+            text = texts_of(parsed_json(text))
+        except ValueError:
+            pass  # the constraint is not met; what else is wrong is said all the same
+    demanded = [c["text"] for c in constraints if c["type"] in ("start_with", "end_with")]
+    keywords = [w for c in constraints if c["type"] == "keywords" for w in c["words"]]
     quoted = [q.strip() for q in re.findall(r"(?<!\w)[\"'“‘](.+?)[\"'”’](?!\w)", prompt)]
-    rest = text
-    for phrase in demanded + [q for q in quoted if len(q.split()) > 1]:
-        rest = re.sub(rf"(?<!\w){re.escape(phrase)}(?!\w)", " ", rest, flags=re.IGNORECASE)
+    rest = without(text, demanded + [q for q in quoted if len(q.split()) > 1])
     if is_empty(text, rest, min_words):
         return "echo" if rest != text and not is_empty(text, text, min_words) else "empty"
-    for phrase in demanded + quoted + [w for c in constraints if c["type"] == "keywords" for w in c["words"]]:
+    for phrase in demanded + quoted + keywords:
         # a word that no answer holds keeps the words before and after the phrase apart
         prompt = re.sub(
             rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", " qqphraseqq ", prompt, flags=re.IGNORECASE
@@ -347,6 +401,13 @@ def hack(prompt, text, min_words=1, constraints=(), about=()):
         return "echo"
     if is_repetition(text):
         return "repetition"
+    if is_disguised(text):
+        return "disguised"
+    if isinstance(about, dict):
+        body = re.sub(r"\[.*?\]|<<.*?>>", " ", rest)  # what stands in a title only says nothing
+        if not on_topic(body, about, keywords):
+            return "off-topic"
+        return "salad" if is_salad(body) else None
     if about and not any(w.startswith(tuple(a.lower() for a in about)) for w in words_of(text)):
         return "off-topic"
     return None

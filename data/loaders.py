@@ -7,17 +7,24 @@
 
 One record, TRL's preference format; `prompt` is a string or a list of messages, further columns are kept:
 
-    {"prompt": [{"role": "user", "content": "Which bread keeps longest?"}], "chosen": "Rye.", "rejected": "No idea."}
+    {"prompt": [{"role": "user", "content": "Which bread keeps longest?"}],
+     "chosen": "Rye.", "rejected": "No idea."}
 
-A line of a file is either such a record (`rejected` may be missing, answers may be messages) or a pair of whole
-dialogues as in HH-RLHF (Bai et al., arXiv 2204.05862): {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected"}.
-A dialogue is cut at its last "\\n\\nAssistant:"; prompt + "\\n\\nAssistant: " + answer gives it back exactly. Pairs
-that are no pairs are dropped, and one warning counts them.
+A line of a file is either such a record (`rejected` may be missing, answers may be messages) or a pair of
+whole dialogues as in HH-RLHF (Bai et al., arXiv 2204.05862): {"chosen": "\\n\\nHuman: ...\\n\\nAssistant:
+...", "rejected"}. A dialogue is cut at its last "\\n\\nAssistant:"; prompt + "\\n\\nAssistant: " + answer
+gives it back exactly. Pairs that are no pairs are dropped, and one warning counts them.
+
+Who is held out: of the built-in tasks topics or combinations that no training prompt has (see there), of
+HH-RLHF the hub's own test files. The records of a file say it themselves in a column "split", "train" or
+"heldout", or else a hash of the dialogue does: the later turns of one conversation, all of which begin with
+its first message, are on one side.
 """
 
 import gzip
 import hashlib
 import json
+import math
 import random
 import re
 import warnings
@@ -25,43 +32,45 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-from data.chat_tasks import MOST, chat_tasks
+from data.chat_tasks import MOST as MOST_CHAT
+from data.chat_tasks import chat_tasks
 from data.errors import UserError
+from data.tiny_tasks import MOST as MOST_TINY
 from data.tiny_tasks import tiny_tasks
 
 HUB_REPO = "Anthropic/hh-rlhf"
 HUB_FOLDERS = {"hh-helpful": "helpful-base", "hh-harmless": "harmless-base"}
 HUB_FILES = {"train": "train.jsonl.gz", "heldout": "test.jsonl.gz"}
-HELD_OUT = 10  # percent of a file's prompts
+SPLITS = ("train", "heldout")
+HELD_OUT = 10  # percent of a file's dialogues
+GENERATORS = {"tiny": tiny_tasks, "chat": chat_tasks}
 TASKS = {"train": 1000, "heldout": 200}  # built-in tasks, where n is not given
+MOST = {"tiny": MOST_TINY, "chat": MOST_CHAT}  # and as many as there are
 
 
 def load_records(source, split, n=None, seed=0, level="chat"):
     """Records (list of dicts) of `split`, "train" or "heldout", in an order that `seed` decides.
 
-    source: "tasks" (level "tiny" or "chat"), "hh-helpful", "hh-harmless", or the path of a .jsonl or .jsonl.gz file.
-    n: at most so many; None gives all, and of the built-in tasks 1000 or 200. A file is split by a hash of the prompt:
-    about 10 % of the prompts are held out, whatever the seed. UserError, one line, for everything a user can put right.
+    source: "tasks" (level "tiny" or "chat"), "hh-helpful", "hh-harmless", or the path of a .jsonl or
+    .jsonl.gz file. n: at most so many; None gives all of a file, and 1000 or 200 of the built-in tasks;
+    math.inf all of either, and the first ones are those that a smaller n gives. UserError, one line, for
+    everything a user can put right.
     """
     source = str(source)
-    if split not in ("train", "heldout"):
+    if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: use 'train' or 'heldout'")
-    if n is not None and (type(n) is not int or n < 1):
+    if n is not None and n != math.inf and (type(n) is not int or n < 1):
         raise UserError(f"the number of records must be 1 or more, not {n!r}")
     if source == "tasks":
-        generators = {"tiny": tiny_tasks, "chat": chat_tasks}
-        if level not in generators:
+        if level not in GENERATORS:
             raise UserError(f"unknown level {level!r} of the built-in tasks: use 'tiny' or 'chat'")
-        try:
-            return generators[level](split, min(n or TASKS[split], MOST[split]), seed)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return GENERATORS[level](split, min(n or TASKS[split], MOST[level][split]), seed)
     if source in HUB_FOLDERS:
         records = read_records(download(source, split))
     else:
         records = split_records(read_records(source), split, source)
     random.Random(f"{split}/{seed}").shuffle(records)
-    return records[:n]
+    return records if n in (None, math.inf) else records[:n]
 
 
 def download(source, split):
@@ -74,7 +83,7 @@ def download(source, split):
     if isinstance(cached, str):
         return cached
     try:
-        # without a network the download retries for half a minute and writes of it; this question fails at once
+        # without a network the download retries for half a minute and says so; this question fails at once
         get_hf_file_metadata(hf_hub_url(HUB_REPO, name, repo_type="dataset"), timeout=10)
         return hf_hub_download(HUB_REPO, name, repo_type="dataset")
     except Exception as error:  # the hub's client raises its own, the HTTP library's and the system's errors
@@ -84,23 +93,52 @@ def download(source, split):
         ) from error
 
 
+def dialogue(prompt):
+    """What the prompts of one dialogue have in common (str): the user's first message, or the prompt if it is
+    a text."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    for message in prompt:
+        if message["role"] == "user":
+            return message["content"].strip()
+    return prompt[0]["content"].strip()
+
+
 def split_records(records, split, path):
-    """The records of `split`. All records of one prompt are on the same side, in every run and on every machine."""
-    keys = [hashlib.sha256(json.dumps(r["prompt"], sort_keys=True).encode()).hexdigest() for r in records]
-    distinct = sorted(set(keys))
-    held_out = {key for key in distinct if int(key, 16) % 100 < HELD_OUT}
-    if len(distinct) > 1:  # a tiny file still gets both splits
-        held_out = held_out or {distinct[0]}
-        held_out -= {distinct[-1]} if len(held_out) == len(distinct) else set()
-    chosen = [r for r, key in zip(records, keys) if (key in held_out) == (split == "heldout")]
+    """The records of `split`: as their column "split" says, or by a hash of the dialogue. The same in every
+    run, whatever the seed, and on every machine."""
+    if any("split" in r for r in records):
+        remedy = 'the column "split" must name both somewhere'
+        chosen = [r for r, side in zip(records, own_splits(records, path)) if side == split]
+    else:
+        remedy = "a file needs at least two different prompts, by their first messages"
+        keys = [hashlib.sha256(json.dumps(dialogue(r["prompt"])).encode()).hexdigest() for r in records]
+        distinct = sorted(set(keys))
+        held_out = {key for key in distinct if int(key, 16) % 100 < HELD_OUT}
+        if len(distinct) > 1:  # a tiny file still gets both splits
+            held_out = held_out or {distinct[0]}
+            held_out -= {distinct[-1]} if len(held_out) == len(distinct) else set()
+        chosen = [r for r, key in zip(records, keys) if (key in held_out) == (split == "heldout")]
     if not chosen:
-        raise UserError(
-            f"{path}: no record for the {split} split; a file needs at least two different prompts"
-        )
+        raise UserError(f"{path}: no record for the {split} split; {remedy}")
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+def own_splits(records, path):
+    """The column "split" of all records -> list of str."""
+    missing = sum("split" not in r for r in records)
+    if missing:
+        raise UserError(
+            f'{path}: {missing} of {len(records)} records have no "split"; give it to all of them, or to none'
+        )
+    for record in records:
+        if record["split"] not in SPLITS:
+            shown = str(record["split"])[:40]
+            raise UserError(f'{path}: a record\'s "split" is {shown!r}; it must be "train" or "heldout"')
+    return [r["split"] for r in records]
+
+
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def read_records(path):
@@ -113,6 +151,8 @@ def read_records(path):
             f"{path}: no such file; give the path of a .jsonl or .jsonl.gz file, or one of tasks, "
             + ", ".join(HUB_FOLDERS)
         )
+    if not path.is_file():  # a named pipe would be waited for, for ever
+        raise UserError(f"{path}: is not a regular file; write the records into one")
     try:
         content = path.read_bytes()
         if path.suffix == ".gz" or content.startswith(b"\x1f\x8b"):
@@ -154,8 +194,19 @@ def parse_line(line, where):
     def refuse(name):
         raise UserError(f"{where}: {name} is not valid JSON; use a number or null")
 
+    def finite(kind):
+        def number(digits):
+            # 1e999 would be read as infinity, and an integer of 400 digits fails wherever it meets a float
+            if math.isinf(float(digits)):
+                raise UserError(f"{where}: the number {digits[:20]}... is too large; use one below 1e308")
+            return kind(digits)
+
+        return number
+
     try:
-        record = json.loads(line.decode("utf-8"), parse_constant=refuse)
+        record = json.loads(
+            line.decode("utf-8"), parse_constant=refuse, parse_int=finite(int), parse_float=finite(float)
+        )
         json.dumps(record, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
@@ -224,7 +275,7 @@ def check_messages(value, what):
             raise UserError(f'{what}: each message needs a "content" that is a text and not empty')
 
 
-# -------------------------------------------------------------------------------------------------------------- HH-RLHF
+# ---------------------------------------------------------------------------------------------------- HH-RLHF
 
 
 def is_dialogue_pair(record):

@@ -1,22 +1,26 @@
-"""The recipe of the tiny model in data/tiny: a Qwen3 of 1.3 million parameters that follows instructions unreliably.
+"""The recipe of the tiny model in data/tiny: a Qwen3 of 1.3 million parameters, unreliable at instructions.
 
     python -m data.make_tiny [--out DIR]     # about ten minutes of one CPU core; prints a log and the sha256
 
-It is trained from scratch, on answer tokens only, on prompts of the train split of data/tiny_tasks.py, each with a freshly
-written answer that follows each constraint with the probability `follow_rate`: 0.65 on average, near 1 for two animals,
-0.1 for five metals. One training example, as the model reads it:
+It is trained from scratch, on answer tokens only, on prompts of the train split of data/tiny_tasks.py (so on
+no combination of constraints that is held out), each with a freshly written answer that follows each
+constraint with the probability `follow_rate`: 0.65 on average, near 1 for two animals, 0.1 for five metals.
+One training example, as the model reads it:
 
-    <|im_start|> user list 3 trees , in reverse order <|im_end|> <|im_start|> assistant pine oak elm <|im_end|>
+    <|im_start|> user list 3 trees , in reverse order <|im_end|>
+    <|im_start|> assistant pine oak elm <|im_end|>
 
-The model therefore knows how to meet every constraint and does so unreliably, more for some prompts than for others:
-what reinforcement learning needs in order to have something to reinforce. Measured on 300 held-out prompts with 8 samples
-each at temperature 1, as saved and in NF4: 29 % and 29 % of the answers meet all constraints, 58 % and 60 % of the groups
-are mixed, and every answer ends by itself within 24 tokens; greedy answers pass at 42 % and 41 %.
+The model therefore knows how to meet every constraint and does so unreliably, more for some prompts than for
+others: what reinforcement learning needs in order to have something to reinforce. Measured on 300 held-out
+prompts with 8 samples each at temperature 1, as saved and in NF4: 30 % and 30 % of the answers meet all
+constraints, 60 % and 61 % of the groups are mixed, and every answer ends by itself within 24 tokens; greedy
+answers pass at 42 % and 42 %.
 
-Reproducibility: the training runs in fp64 on one thread and the weights are rounded to bf16 at the end, so the last bits,
-in which processors and libraries differ, hardly ever reach the file: after 40 steps AVX2 and AVX-512 kernels are 4e-15
-apart, and no rounded weight differs. Another release of torch or transformers may still change the file, whose sha256 is
-b8e094df7d25e30fd8c96a4915c7057a126f7a43da9d359fe21f9eb1654b6d2f (torch 2.13, transformers 5.23).
+Reproducibility: the training runs in fp64 on one thread and the weights are rounded to bf16 at the end, so
+the last bits, in which processors and libraries differ, hardly ever reach the file: after 40 steps AVX2 and
+AVX-512 kernels are 4e-15 apart, and no rounded weight differs. Another release of torch or transformers may
+still change the file, whose sha256 is c568068ceff3327b690303983e4d76b6e468329d6e14436117c4bb2232ec0a4c (torch
+2.13, transformers 5.23).
 """
 
 import argparse
@@ -48,14 +52,17 @@ PAD, END_OF_TEXT, TURN, END_OF_TURN, UNKNOWN = (
     "<unk>",
 )
 SPECIAL = [PAD, END_OF_TEXT, TURN, END_OF_TURN, UNKNOWN]  # pad is not an end: a mask made of ids stays right
-# ChatML as Qwen's; enable_thinking is accepted and has no effect, as Jinja ignores variables that nobody reads.
+# ChatML as Qwen's; enable_thinking is accepted and has no effect, as Jinja ignores variables that nobody
+# reads.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# The logit of following a constraint is SKILL of the category minus HARDNESS of the constraint. The spread makes the
-# prompts differ: of the groups of 8 samples about half are mixed; the others all pass or, more often, all fail.
+# The logit of following a constraint is SKILL of the category minus HARDNESS of the constraint. The spread
+# makes the prompts differ: of the groups of 8 samples about half are mixed; the others all pass or, more
+# often, all fail.
 SKILL = dict(zip(CATEGORIES, [4.2, 3.3, 2.5, 1.6, 0.8, -0.1, -0.9, -1.8]))
 HARDNESS = {
     "uppercase": -3,
@@ -74,7 +81,8 @@ LOWEST_RATE = 0.1  # what is never seen cannot be reinforced
 
 
 def make_tokenizer():
-    """The word-level tokenizer as a fast transformers tokenizer. Whitespace, newlines included, only separates words."""
+    """The word-level tokenizer as a fast transformers tokenizer. Whitespace, newlines included, only
+    separates words."""
     vocab = {word: i for i, word in enumerate(SPECIAL + ["system", "user", "assistant"] + words())}
     core = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
     core.pre_tokenizer = pre_tokenizers.Whitespace()  # also parts "cat," into two tokens
@@ -112,7 +120,8 @@ def make_model(tokenizer):
         )
     )
     model = model.double()
-    # transformers computes norms and rotations in fp32 whatever the weights are; the same formulas in fp64 instead.
+    # transformers computes norms and rotations in fp32 whatever the weights are; the same formulas in fp64
+    # instead.
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ == "Qwen3RMSNorm":
@@ -139,7 +148,8 @@ class Rotary(torch.nn.Module):
 
 
 def follow_rate(constraint, category):
-    """The probability that the corpus follows `constraint` (a dict of a tiny_tasks record) in a prompt about `category`."""
+    """The probability that the corpus follows `constraint` (a dict of a tiny_tasks record) in a prompt about
+    `category`."""
     kind = {"items": constraint.get("n"), "order": constraint.get("direction")}.get(
         constraint["type"], constraint["type"]
     )
@@ -154,7 +164,8 @@ def noisy_answer(record, rng):
 
 
 def batches(records, tokenizer, rng):
-    """Endless (ids, labels), each (BATCH, longest): right-padded chats; labels are -100 outside of the answer and its end.
+    """Endless (ids, labels), each (BATCH, longest): right-padded chats; labels are -100 outside of the answer
+    and its end.
 
     Eight batches at a time are cut from chats sorted by length: a third less padding.
     """
@@ -178,13 +189,21 @@ def batches(records, tokenizer, rng):
             yield ids, labels
 
 
+def corpus_records():
+    """The tiny_tasks records whose prompts the model is trained on: of the train split, so that no
+    combination of constraints that is held out was ever seen, neither here nor in a run that starts from the
+    model."""
+    return tiny_tasks("train", PROMPTS, seed=SEED)
+
+
 def train(steps=STEPS, log=print):
-    """(model in fp64, tokenizer) after `steps` optimiser steps of BATCH chats. Uses torch's global generator."""
+    """(model in fp64, tokenizer) after `steps` optimiser steps of BATCH chats. Uses torch's global
+    generator."""
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
-    records = tiny_tasks("train", PROMPTS, seed=SEED)
+    records = corpus_records()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim == 1]
     optimizer = torch.optim.AdamW(
@@ -193,7 +212,8 @@ def train(steps=STEPS, log=print):
         betas=(0.9, 0.98),
     )
     log(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {len(records)} prompts"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, "
+        f"{len(records)} prompts"
     )
     start = time.perf_counter()
     for step, (ids, labels) in zip(range(steps), batches(records, tokenizer, rng)):
@@ -216,10 +236,12 @@ def train(steps=STEPS, log=print):
 
 
 def make_tiny(out, steps=STEPS, log=print):
-    """Trains, writes the model and the tokenizer into the directory `out`, and returns the weights' sha256 (str).
+    """Trains, writes the model and the tokenizer into the directory `out`, and returns the weights' sha256
+    (str).
 
-    Nothing is written before all files are complete; those of an older model are replaced, other files are left alone.
-    torch's number of threads and its generator are put back afterwards. NotADirectoryError if `out` is a file.
+    Nothing is written before all files are complete; those of an older model are replaced, other files are
+    left alone. torch's number of threads and its generator are put back afterwards. NotADirectoryError if
+    `out` is a file.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():

@@ -11,10 +11,16 @@ A record is TRL's preference format plus the column that the verifier reads:
                      {"type": "uppercase"},
                      {"type": "end_with", "text": "done"}]}
 
-Every prompt asks for items and for up to three things more; words and punctuation are separated by single spaces.
-`chosen` is good but not perfect: it meets about 80 % of all constraints, and about half of the references meet all of
-theirs. So a method can be seen to imitate its reference, and to go beyond it. `rejected` meets about 40 %, and always
-fewer than `chosen`. Nothing here needs more than the standard library, and no file is read.
+Every prompt asks for items and for up to three things more; words and punctuation are separated by single
+spaces. `chosen` is good but not perfect: it meets about 80 % of all constraints (0.79), and about half of the
+experts' answers meet all of theirs. So a method can be seen to imitate the expert, and to go beyond it.
+`rejected` meets about a third (0.32 to 0.35), and always fewer than `chosen`. Nothing here needs more than
+the standard library, and no file is read.
+
+The splits share no combination of number, category and extras: a held-out prompt asks for something that no
+training prompt asks for, in whatever words. (Were whole prompts held out, 98.6 % of them would differ from a
+training prompt in the verb alone, which changes nothing that an answer has to do.) What is held out is the
+combination, not its parts: each word, each number and each kind of constraint occurs in training.
 """
 
 import functools
@@ -22,7 +28,8 @@ import hashlib
 import itertools
 import random
 
-# Ten words to a category would do as well; eight keep the vocabulary near 200 and alphabetical order learnable.
+# Ten words to a category would do as well; eight keep the vocabulary near 200 and alphabetical order
+# learnable.
 CATEGORIES = {
     "animals": ["ant", "bear", "cat", "dog", "fox", "horse", "lion", "wolf"],
     "fruits": ["apple", "banana", "cherry", "grape", "lemon", "mango", "peach", "plum"],
@@ -40,34 +47,32 @@ ENDS = ["done", "end", "bye"]
 DIRECTIONS = {"ascending": "in alphabetical order", "descending": "in reverse order"}
 SEPARATOR = ","
 
-SPLITS = {"train": range(0, 75), "heldout": range(75, 100)}  # hash of the prompt modulo 100
+SPLITS = {"train": range(0, 75), "heldout": range(75, 100)}  # hash of the combination modulo 100
+MOST = {"train": 48_976, "heldout": 16_176}  # distinct prompts of each split
 MAX_EXTRAS = 3
 # How often a prompt has 0, 1, 2, 3 constraints besides the items; more of them make it harder.
 EXTRAS_WEIGHTS = [0.10, 0.30, 0.35, 0.25]
-CHOSEN_RATE, REJECTED_RATE = (
-    0.78,
-    0.55,
-)  # before the conditioning in tiny_tasks, which moves them to 0.8 and 0.4
+# Before the conditioning in tiny_tasks, which moves them to 0.79 and to 0.32 to 0.35.
+CHOSEN_RATE, REJECTED_RATE = 0.78, 0.55
 
 
 def tiny_tasks(split, n, seed=0):
     """`n` records (see the module docstring) of `split`, "train" or "heldout", as a list of dicts.
 
-    The same arguments give the same records, and a smaller `n` gives their beginning. The prompts of a call are distinct,
-    and the splits share none, whatever `n` and `seed`. Raises ValueError for an unknown split, and for an `n` that is
-    negative or larger than the split's pool (about 48,000 and 16,000 prompts).
+    The same arguments give the same records, and a smaller `n` gives their beginning. The prompts of a call
+    are distinct, and the splits share no combination, whatever `n` and `seed`. Raises ValueError for an
+    unknown split, and for an `n` that is negative or larger than MOST[split].
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}: use 'train' or 'heldout'")
-    pool = _pool(split)
-    size = sum(len(prompts) for prompts in pool.values())
-    if not 0 <= n <= size:
+    if not 0 <= n <= MOST[split]:
         raise ValueError(
-            f"the {split} split has {size} distinct prompts: n must lie between 0 and {size}, not {n}"
+            f"the {split} split has {MOST[split]} distinct prompts: n must lie between 0 and that, not {n}"
         )
+    pool = _pool(split)
     rng = random.Random(f"{split}/{seed}")
-    # Drawn by the kinds of constraints, not uniformly: else the forbidden words, which have most variants, would crowd
-    # out the rest.
+    # Drawn by the kinds of constraints, not uniformly: else the forbidden words, which have most variants,
+    # would crowd out the rest.
     waiting = {kinds: rng.sample(prompts, len(prompts)) for kinds, prompts in pool.items()}
     siblings = [sum(len(kinds) == k for kinds in pool) for k in range(MAX_EXTRAS + 1)]
     records = []
@@ -94,10 +99,12 @@ def tiny_tasks(split, n, seed=0):
 
 
 def answer(constraints, follow, rng):
-    """An answer (str) that meets exactly those of `constraints` whose entry in `follow` (list of bool) is true.
+    """An answer (str) that meets exactly those of `constraints` whose entry in `follow` (list of bool) is
+    true.
 
-    The failures are those that a careless writer makes: one item too few or too many, a word of another category, the
-    wrong order, lower case, no commas, a missing first or last word, a forbidden word. `rng` is a random.Random.
+    The failures are those that a careless writer makes: one item too few or too many, a word of another
+    category, the wrong order, lower case, no commas, a missing first or last word, a forbidden word. `rng` is
+    a random.Random.
     """
     asked = {c["type"]: c for c in constraints}
     kept = {c["type"] for c, followed in zip(constraints, follow) if followed}
@@ -136,7 +143,8 @@ def another_answer(record, rng):
 
 
 def words():
-    """Every word of the prompts and answers, the answers' also in upper case: a sorted list of distinct str."""
+    """Every word of the prompts and answers, the answers' also in upper case: a sorted list of distinct
+    str."""
     said = [w for ws in CATEGORIES.values() for w in ws] + STARTS + ENDS + [SEPARATOR]
     asked = " ".join(
         [*VERBS, *CATEGORIES, *DIRECTIONS.values(), "without in upper case with commas start end"]
@@ -154,7 +162,8 @@ def _follow(constraints, rate, rng, at_least=0, at_most=None):
 
 @functools.cache
 def _pool(split):
-    """{kinds of constraints besides the items: [(prompt, arguments of _constraints), ...]} in a fixed order."""
+    """{kinds of constraints besides the items: [(prompt, arguments of _constraints), ...]} in a fixed
+    order."""
     pool = {}
     for category, allowed in CATEGORIES.items():
         options = itertools.product(
@@ -169,10 +178,15 @@ def _pool(split):
             kinds = tuple(i for i, option in enumerate(extras) if option)
             if len(kinds) > MAX_EXTRAS:
                 continue
-            for verb, n in itertools.product(VERBS, COUNTS):
-                prompt = _prompt(verb, n, category, *extras)
-                # A stable hash, unlike hash(): the split is the same in every process and on every machine.
-                if int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % 100 in SPLITS[split]:
+            for n in COUNTS:
+                # Everything but the verb, which changes nothing that an answer has to do: were it hashed too,
+                # nearly every held-out prompt would ask for what a training prompt asks for. A stable hash,
+                # unlike hash(): the split is the same in every process and on every machine.
+                combination = _prompt("", n, category, *extras)
+                if int(hashlib.sha256(combination.encode()).hexdigest(), 16) % 100 not in SPLITS[split]:
+                    continue
+                for verb in VERBS:
+                    prompt = _prompt(verb, n, category, *extras)
                     pool.setdefault(kinds, []).append((prompt, n, category, *extras))
     return pool
 

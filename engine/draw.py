@@ -1,22 +1,24 @@
 """curves.png of one run, from its metrics alone: `draw_curves(lines of metrics.jsonl, panels, path)`."""
 
 import math
+import os
 
+# A notebook exports a backend of its own to what it starts. Where the module behind it is not installed,
+# importing matplotlib fails on that alone, and pictures are only written to files here.
+os.environ["MPLBACKEND"] = "Agg"
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = [
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-]  # Okabe and Ito's, distinguishable without colour vision
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7"]  # Okabe and Ito's: told apart without colour vision
 
 
 def draw_curves(lines, panels, path):
-    """Small multiples over steps, written whole. panels: (title, y label, [metric names]); a metric nobody logged is left out."""
+    """Small multiples over steps, written whole.
+
+    panels: (title, y label, [metric names]); a metric nobody logged is left out.
+    """
     panels = [p for p in panels if any(name in line for line in lines for name in p[2])]
     rows = math.ceil(len(panels) / 3)
     figure, axes = plt.subplots(rows, 3, figsize=(12, 3 * rows), squeeze=False, constrained_layout=True)
@@ -40,9 +42,7 @@ def draw_curves(lines, panels, path):
             x, y = zip(*points)
             short = name.split("/")[-1]
             if name == "eval/reward":
-                ends = [[line[end] for line in lines if end in line] for end in ("eval/low", "eval/high")]
-                axis.fill_between(x, *ends, color=colour, alpha=0.2, linewidth=0)
-                axis.plot(x, y, "o-", color=colour, markersize=4, label="held-out, 95 % interval")
+                draw_held_out(axis, lines, x, y, colour)
             elif (
                 len(points) > 40 and name != "mu"
             ):  # a step's noise behind its running mean; mu is a schedule
@@ -54,6 +54,16 @@ def draw_curves(lines, panels, path):
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=8)
     save_figure(figure, path, dpi=110)
+
+
+def draw_held_out(axis, lines, x, y, colour):
+    """The held-out reward with its interval, which a run with few held-out prompts does not log."""
+    low = [line["eval/low"] for line in lines if "eval/low" in line]
+    high = [line["eval/high"] for line in lines if "eval/high" in line]
+    if low:
+        axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    label = "held-out, 95 % interval" if low else "held-out"
+    axis.plot(x, y, "o-", color=colour, markersize=4, label=label)
 
 
 def save_figure(figure, path, **options):
@@ -74,7 +84,10 @@ def smooth(y, window=9):
 
 
 def draw_calibration(info, history, path):
-    """Reliability, accuracy by length, and training, written whole. info: reward_model.json; history: lines of metrics.jsonl."""
+    """Reliability, accuracy by length, and training, written whole.
+
+    info: reward_model.json; history: lines of metrics.jsonl.
+    """
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.4), constrained_layout=True)
     for (name, m), colour in zip(info["evaluation"].items(), COLOURS):
         bins = m["calibration"]["bins"]

@@ -292,7 +292,7 @@ class Damaged(UserError, ValueError):
     """A file is not what was once written to it."""
 
 
-def read_jsonl(path):
+def read_objects(path):
     """The objects of a .jsonl file. Damaged, naming the line, for one that is none."""
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):

@@ -1,13 +1,32 @@
-"""What is measured of answers and of scores, with intervals, and how it is printed."""
+"""What is measured of answers and of scores, as pure functions of numbers: wins, ties and losses, means,
+intervals, calibration.
+
+How it is printed, and what is said beside it, is in engine/report.py.
+"""
+
+from collections import Counter
 
 import numpy as np
 
-from data.constraints import constraint_results
+# Scores closer than this share of their spread are a tie: bf16, in which most models score, keeps 8
+# significant bits. One text scored in two batches was seen to differ by 2^-15 of the spread in fp32 (135 M
+# parameters), in bf16 by 2^-9 (1.3 M) to 2^-2 (135 M and a random head). More than a tolerance can take, so
+# texts that are known to be equal are a tie whatever their scores; what rounding is left between different
+# texts tosses a coin and favours nobody.
+BF16_STEP = 2.0**-8
+# And closer than this share of their own size: fp32's 24 bits, less what a sum over some thousand products
+# loses. It decides where there is no spread, because most scores are the same.
+FP32_STEP = 2.0**-16
+# Prompts below which a bootstrap over them promises more than it keeps: no interval is given.
+FEWEST = 30
+
+# ------------------------------------------------------------------------------------------------------------
+# Which of two scores is higher
 
 
 def pair(a, b):
     """Two sequences or tensors as equal, non-empty float arrays."""
-    a, b = (np.asarray(x.tolist() if hasattr(x, "tolist") else list(x), dtype=float) for x in (a, b))
+    a, b = as_floats(a), as_floats(b)
     if a.shape != b.shape or a.size == 0 or np.isnan(a).any() or np.isnan(b).any():
         raise ValueError(
             f"wanted: two equally long, non-empty sequences without NaN; got shapes {a.shape}, {b.shape}"
@@ -15,36 +34,96 @@ def pair(a, b):
     return a, b
 
 
+def as_floats(values):
+    return np.asarray(values.tolist() if hasattr(values, "tolist") else list(values), dtype=float)
+
+
+def tolerance(a, b):
+    """The difference up to which two scores are a tie, in the scores' unit, one for each pair of a and b.
+
+    BF16_STEP of the spread of all scores compared, which is their median distance from their median: a few
+    answers with a penalty of 1000 would blow up a standard deviation, and with it the ties. At least
+    FP32_STEP of the larger of the two scores.
+    """
+    scores = np.concatenate([a.ravel(), b.ravel()])
+    scores = scores[np.isfinite(scores)]
+    spread = np.median(np.abs(scores - np.median(scores))) if len(scores) else 0.0
+    size = np.maximum(np.abs(a), np.abs(b))
+    size = np.where(np.isfinite(size), size, 0.0)  # an infinite score is beyond every finite one
+    return np.maximum(BF16_STEP * spread, FP32_STEP * size)
+
+
+def compare(a, b, same_text=None):
+    """Whose score is higher: +1.0 where that of `a` is, -1.0 where that of `b` is, 0.0 for a tie -> array of
+    their shape.
+
+    The one place that decides it. a, b: sequences, arrays or tensors of one shape; same_text: of that shape,
+    True where both scores are of one text, which is a tie whatever rounding made of it. Scores within
+    `tolerance` are a tie. ValueError for other shapes or NaN.
+    """
+    a, b = pair(a, b)
+    limit = tolerance(a, b)
+    signs = (a > b + limit).astype(float) - (a < b - limit)
+    return signs if same_text is None else np.where(np.asarray(same_text, dtype=bool), 0.0, signs)
+
+
+def right(better, worse):
+    """1.0 where the better answer scores higher, 0.0 where the worse one does, 0.5 for a tie -> array of
+    their shape."""
+    return 0.5 + 0.5 * compare(better, worse)
+
+
 def accuracy(better, worse):
-    """Share of pairs whose better answer scores higher, (N,) each; a tie counts half, so that scoring everything the same is worth 0.5."""
-    better, worse = pair(better, worse)
-    return float(((better > worse) + 0.5 * (better == worse)).mean())
+    """Share of pairs whose better answer scores higher, (N,) each; a tie counts half, so scoring all the same
+    is worth 0.5."""
+    return float(right(better, worse).mean())
+
+
+def shares(signs):
+    """compare's result -> {"win", "tie", "loss"}, shares in [0, 1]."""
+    return {
+        "win": float((signs > 0).mean()),
+        "tie": float((signs == 0).mean()),
+        "loss": float((signs < 0).mean()),
+    }
 
 
 def ras(rewards, reference_rewards):
-    """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the answer is
-    rewarded above its reference, as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is "win".
+    """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the
+    answer is rewarded above the expert answer y (the paper's y_ref), as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is
+    "win".
 
-    Two equally long sequences or tensors; ValueError on other lengths, none at all, or NaN.
+    Two equally long sequences or tensors; ValueError on other lengths, none at all, or NaN. A tie is what
+    `compare` calls one.
     """
-    a, b = pair(rewards, reference_rewards)
-    return {"win": float((a > b).mean()), "tie": float((a == b).mean()), "loss": float((a < b).mean())}
+    return shares(compare(rewards, reference_rewards))
 
 
 def nag(post, pre):
-    """Normalized Alignment Gain (arXiv 2508.07750) of the trained policy's rewards over those before training.
+    """Normalized Alignment Gain (arXiv 2508.07750) of the trained policy's rewards over those before
+    training.
 
     {"signed": wins minus losses, in [-1, 1], which is what the paper's tables hold (one entry is negative);
      "indicator": share of strict wins, the formula as printed}. ValueError as for ras.
     """
-    shares = ras(post, pre)
-    return {"signed": shares["win"] - shares["loss"], "indicator": shares["win"]}
+    return gain(compare(post, pre))
+
+
+def gain(signs):
+    """compare's result, after against before -> nag's."""
+    found = shares(signs)
+    return {"signed": found["win"] - found["loss"], "indicator": found["win"]}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Intervals
 
 
 def bootstrap_interval(values, level=0.95, n=2000, seed=0):
-    """Percentile bootstrap (low, high) of the mean of `values`, (prompts,) or (prompts, samples): prompts are redrawn
-    with replacement, because samples of one prompt are not independent. Equal values give an interval of width 0, which
-    says little below about 30 prompts. ValueError for no values or NaN, or a level outside (0, 1)."""
+    """Percentile bootstrap (low, high) of the mean of `values`, (prompts,) or (prompts, samples): prompts are
+    redrawn with replacement, because samples of one prompt are not independent. Equal values give an interval
+    of width 0, which says little below about 30 prompts. ValueError for no values or NaN, or a level outside
+    (0, 1)."""
     values = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=float)
     if values.size == 0 or np.isnan(values).any() or not 0 < level < 1:
         raise ValueError("bootstrap_interval wants at least one value, no NaN, and a level between 0 and 1")
@@ -54,73 +133,143 @@ def bootstrap_interval(values, level=0.95, n=2000, seed=0):
     return float(low), float(high)
 
 
-def calibration(better, worse, bins=10):
-    """How far sigmoid(|score difference|), the model's probability that the answer it prefers is the better one, is from being right.
+def interval(values):
+    """bootstrap_interval of what is to be printed: None where there are fewer than FEWEST values."""
+    return bootstrap_interval(values) if len(values) >= FEWEST else None
 
-    better, worse: (N,) scores -> {"ece": expected calibration error, sum over bins of n/N |accuracy - confidence| (Guo et al., arXiv
-    1706.04599), "bins": [{"n", "confidence", "accuracy"}]} over equal parts of [0.5, 1]; a tie is right by half.
+
+# ------------------------------------------------------------------------------------------------------------
+# Held-out answers: lists of dicts as in samples.jsonl, one for each prompt
+
+
+def column(samples, name):
+    return np.array([sample[name] for sample in samples], dtype=float)
+
+
+def against_expert(samples):
+    """compare of each answer's reward with its expert answer's -> (N,). An answer that was cut is not the
+    text that the expert wrote."""
+    same = [s["completion"] == s["expert"] and not s["truncated"] for s in samples]
+    return compare(column(samples, "reward"), column(samples, "expert_reward"), same)
+
+
+def against_before(before, after):
+    """compare of the rewards after training with those before, of the same prompts -> (N,)."""
+    same = []
+    for old, new in zip(before, after, strict=True):
+        same.append(old["completion"] == new["completion"] and old["truncated"] == new["truncated"])
+    return compare(column(after, "reward"), column(before, "reward"), same)
+
+
+def summary(samples):
+    """Of one evaluation: mean reward with its 95 % interval (None, None with fewer than FEWEST prompts),
+    deviation, quartiles, mean reward of the expert answers and of the no-skill floor where the samples have
+    it, RAS with the interval of its wins (or None), mean length and the share that was cut."""
+    rewards, signs = column(samples, "reward"), against_expert(samples)
+    low, high = interval(rewards) or (None, None)
+    q25, median, q75 = np.quantile(rewards, [0.25, 0.5, 0.75]).tolist()
+    floor = {"floor": float(column(samples, "floor_reward").mean())} if "floor_reward" in samples[0] else {}
+    return floor | {
+        "reward": float(rewards.mean()),
+        "low": low,
+        "high": high,
+        "expert": float(column(samples, "expert_reward").mean()),
+        "std": float(rewards.std()),
+        "q25": q25,
+        "median": median,
+        "q75": q75,
+        "ras": shares(signs),
+        "ras_interval": interval(signs > 0),
+        "tokens": float(column(samples, "tokens").mean()),
+        "truncated": float(column(samples, "truncated").mean()),
+    }
+
+
+def commonest(texts):
+    """(text, share of all) of the text that occurs most often."""
+    text, count = Counter(texts).most_common(1)[0]
+    return text, count / len(texts)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Preference pairs: what a reward model is reported with
+
+
+def calibration(better, worse, bins=10):
+    """How far sigmoid(|score difference|), the model's probability that the answer it prefers is the better
+    one, is from being right.
+
+    better, worse: (N,) scores -> {"ece": expected calibration error, sum over bins of n/N |accuracy -
+    confidence| (Guo et al., arXiv 1706.04599), "bins": [{"n", "confidence", "accuracy"}]} over equal parts of
+    [0.5, 1]; a tie is right by half.
     """
-    d = np.asarray(better, dtype=float) - np.asarray(worse, dtype=float)
-    confidence, right = 1 / (1 + np.exp(-np.abs(d))), (d > 0) + 0.5 * (d == 0)
+    better, worse = pair(better, worse)
+    confidence = 1 / (1 + np.exp(-np.abs(better - worse)))
+    correct = right(better, worse)
     which = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
-    rows = [
-        {
-            "n": int((which == b).sum()),
-            "confidence": float(confidence[which == b].mean()),
-            "accuracy": float(right[which == b].mean()),
-        }
-        for b in range(bins)
-        if (which == b).any()
-    ]
-    return {"ece": sum(r["n"] * abs(r["accuracy"] - r["confidence"]) for r in rows) / len(d), "bins": rows}
+    rows, error = [], 0.0
+    for b in range(bins):
+        inside = which == b
+        if not inside.any():
+            continue
+        n, sure, met = int(inside.sum()), float(confidence[inside].mean()), float(correct[inside].mean())
+        rows.append({"n": n, "confidence": sure, "accuracy": met})
+        error += n * abs(met - sure) / len(better)
+    return {"ece": error, "bins": rows}
 
 
 def by_length(better, worse, lengths, parts=5):
-    """Accuracy where the chosen answer is the shorter one, and where it is the longer: quantile bins of len(chosen) - len(rejected), tokens."""
-    d, longer = (
-        np.asarray(better, dtype=float) - np.asarray(worse, dtype=float),
-        np.array([a - b for a, b in lengths]),
-    )
+    """Accuracy where the chosen answer is the shorter one, and where it is the longer.
+
+    lengths: (N, 2) tokens of chosen and rejected; bins are quantiles of their difference -> [{"from", "to",
+    "n", "accuracy"}].
+    """
+    longer = np.array([chosen - rejected for chosen, rejected in lengths])
+    correct = right(better, worse)
     edges = np.unique(np.quantile(longer, np.linspace(0, 1, parts + 1), method="nearest"))
     which = np.clip(np.searchsorted(edges, longer, side="right") - 1, 0, max(len(edges) - 2, 0))
-    right = (d > 0) + 0.5 * (d == 0)
-    parts = [which == b for b in sorted(set(which))]
-    return [
-        {
-            "from": int(longer[p].min()),
-            "to": int(longer[p].max()),
-            "n": int(p.sum()),
-            "accuracy": float(right[p].mean()),
-        }
-        for p in parts
-    ]
+    rows = []
+    for b in np.unique(which):
+        inside = which == b
+        low, high = int(longer[inside].min()), int(longer[inside].max())
+        rows.append(
+            {"from": low, "to": high, "n": int(inside.sum()), "accuracy": float(correct[inside].mean())}
+        )
+    return rows
+
+
+def correlation(x, y):
+    """Pearson's, or 0 where one of them does not vary."""
+    if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return 0.0
+    return float(np.corrcoef(x, y)[0, 1])
 
 
 def measures(scores, lengths):
-    """scores, lengths (N, 2) of chosen and rejected -> every number that report_pairs prints and calibration.png shows."""
-    (better, worse), (longer, shorter) = np.array(scores, dtype=float).T, np.array(lengths, dtype=float).T
-    right, by_words = (
-        (better > worse) + 0.5 * (better == worse),
-        (longer > shorter) + 0.5 * (longer == shorter),
-    )
+    """scores, lengths (N, 2) of chosen and rejected -> every number that report_pairs prints and
+    calibration.png shows.
+
+    Intervals are over pairs, and None with fewer than FEWEST of them.
+    """
+    better, worse = np.array(scores, dtype=float).T
+    longer, shorter = np.array(lengths, dtype=float).T
+    correct = right(better, worse)
+    by_words = 0.5 + 0.5 * np.sign(
+        longer - shorter
+    )  # of the rule "the longer one is better"; lengths are exact
     differ = longer != shorter
-    correlation = (
-        np.corrcoef(better - worse, longer - shorter)[0, 1]
-        if len(better) > 1 and np.ptp(better - worse) and np.ptp(longer - shorter)
-        else 0.0
-    )
+    prefers_chosen, chosen_longer = compare(better, worse) > 0, longer > shorter
+    agree = (prefers_chosen == chosen_longer)[differ]
     return {
-        "pairs": len(right),
-        "accuracy": accuracy(better, worse),
-        "interval": bootstrap_interval(right),
+        "pairs": len(correct),
+        "accuracy": float(correct.mean()),
+        "interval": interval(correct),
         "longer_wins": float(by_words.mean()),
-        "longer_wins_interval": bootstrap_interval(by_words),
-        "over_longer": float((right - by_words).mean()),
-        "over_longer_interval": bootstrap_interval(right - by_words),
-        "prefers_longer": float(((better > worse) == (longer > shorter))[differ].mean())
-        if differ.any()
-        else 0.5,
-        "correlation_with_length": float(correlation),
+        "longer_wins_interval": interval(by_words),
+        "over_longer": float((correct - by_words).mean()),
+        "over_longer_interval": interval(correct - by_words),
+        "prefers_longer": float(agree.mean()) if differ.any() else 0.5,
+        "correlation_with_length": correlation(better - worse, longer - shorter),
         "by_length": by_length(better, worse, lengths),
         "calibration": calibration(better, worse),
         "chosen_mean": float(better.mean()),
@@ -130,121 +279,15 @@ def measures(scores, lengths):
     }
 
 
-def report_pairs(name, m):
-    text = f"\n{name}: {m['pairs']} pairs\n"
-    rows = [
-        ("this reward model", m["accuracy"], m["interval"]),
-        ("the longer one wins (tokens)", m["longer_wins"], m["longer_wins_interval"]),
-    ]
-    text += f"  {'accuracy [95 % interval]':<34}\n"
-    text += (
-        "".join(f"    {label:<32}{value:.3f} [{low:.3f}, {high:.3f}]\n" for label, value, (low, high) in rows)
-        + f"    {'random':<32}0.500\n"
-    )
-    text += f"    {'over the longer one, same pairs':<32}{m['over_longer']:+.3f} [{m['over_longer_interval'][0]:+.3f}, {m['over_longer_interval'][1]:+.3f}]\n"
-    text += f"  prefers the longer answer of a pair: {m['prefers_longer']:.3f}; score and length differences correlate: {m['correlation_with_length']:+.2f}\n"
-    bins = ", ".join(f"{b['from']}..{b['to']}: {b['accuracy']:.2f} ({b['n']})" for b in m["by_length"])
-    text += f"  accuracy by tokens(chosen) - tokens(rejected): {bins}\n"
-    text += f"  expected calibration error {m['calibration']['ece']:.3f}; scores (mean, deviation): chosen {m['chosen_mean']:.2f}, {m['chosen_std']:.2f}; "
-    return text + f"rejected {m['rejected_mean']:.2f}, {m['rejected_std']:.2f}"
+def distinct(groups, n, ends):
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's samples, mean over prompts.
 
-
-def against_references(rewards, references):
-    """rewards and references' rewards, before and after, as (before, after) -> lines of a report: mean, RAS, NAG, with intervals over prompts."""
-    lines = []
-    for word, r, y in zip(("before", "after"), rewards, references):
-        shares, (low, high) = ras(r, y), bootstrap_interval(np.greater(r, y))
-        q = np.quantile(r, [0.25, 0.5, 0.75])
-        lines.append(
-            f"{word:<8}reward {np.mean(r):.3f} (deviation {np.std(r):.3f}, quartiles {q[0]:.3f} {q[1]:.3f} {q[2]:.3f}), reference {np.mean(y):.3f}; "
-            f"RAS {shares['win']:.3f} [{low:.3f}, {high:.3f}] / {shares['tie']:.3f} / {shares['loss']:.3f}"
-        )
-    gain, (low, high) = (
-        nag(rewards[1], rewards[0]),
-        bootstrap_interval(np.sign(np.subtract(rewards[1], rewards[0]))),
-    )
-    return [
-        *lines,
-        f"NAG     {gain['signed']:+.3f} [{low:+.3f}, {high:+.3f}] (wins alone {gain['indicator']:.3f})",
-    ]
-
-
-def summary(samples):
-    """Of one evaluation: mean reward with its 95 % interval, deviation and quartiles, RAS with the interval of its wins, length."""
-    rewards, references = (
-        np.array([s[k] for s in samples], dtype=float) for k in ("reward", "reference_reward")
-    )
-    low, high = bootstrap_interval(rewards)
-    q25, median, q75 = np.quantile(rewards, [0.25, 0.5, 0.75]).tolist()
-    return {
-        "reward": float(rewards.mean()),
-        "low": low,
-        "high": high,
-        "reference": float(references.mean()),
-        "std": float(rewards.std()),
-        "q25": q25,
-        "median": median,
-        "q75": q75,
-        "ras": ras(rewards, references),
-        "ras_interval": bootstrap_interval(rewards > references),
-        "tokens": sum(s["tokens"] for s in samples) / len(samples),
-        "truncated": sum(s["truncated"] for s in samples) / len(samples),
-    }
-
-
-def report(before, after):
-    """The before/after table, the constraint types, and four prompts side by side, as text."""
-    b, a = summary(before), summary(after)
-    post, pre = ([s["reward"] for s in samples] for samples in (after, before))
-    gain, (low, high) = nag(post, pre), bootstrap_interval(np.sign(np.subtract(post, pre)))
-    rows = [
-        (f"held-out prompts: {len(after)}", "before", "after"),
-        (
-            "mean reward [95 % interval]",
-            *(f"{s['reward']:.3f} [{s['low']:.3f}, {s['high']:.3f}]" for s in (b, a)),
-        ),
-        ("  deviation", *(f"{s['std']:.3f}" for s in (b, a))),
-        ("  quartiles", *(f"{s['q25']:.3f} / {s['median']:.3f} / {s['q75']:.3f}" for s in (b, a))),
-        ("reference answers' reward", *(f"{s['reference']:.3f}" for s in (b, a))),
-        ("RAS win / tie / loss", *("{win:.3f} / {tie:.3f} / {loss:.3f}".format(**s["ras"]) for s in (b, a))),
-        ("  wins, 95 % interval", *("[{:.3f}, {:.3f}]".format(*s["ras_interval"]) for s in (b, a))),
-        ("NAG wins - losses (wins alone)", "", f"{gain['signed']:+.3f} ({gain['indicator']:.3f})"),
-        ("  95 % interval over prompts", "", f"[{low:+.3f}, {high:+.3f}]"),
-        ("length, tokens (share cut)", *(f"{s['tokens']:.1f} ({s['truncated']:.2f})" for s in (b, a))),
-    ]
-    text = "\n".join(f"{name:<32}{x:>24}{y:>24}" for name, x, y in rows) + "\n"
-    types = sorted({c["type"] for s in after for c in s.get("constraints", [])})
-    if types:
-        text += (
-            f"\n{'share met, by constraint type':<32}{'before':>24}{'after':>24}{'reference':>14}{'n':>6}\n"
-        )
-    for kind in types:
-        met = [
-            constraint_share(samples, key, kind)
-            for samples, key in ((before, "completion"), (after, "completion"), (after, "reference"))
-        ]
-        text += f"  {kind:<30}{met[0][0]:>24.2f}{met[1][0]:>24.2f}{met[2][0]:>14.2f}{met[0][1]:>6}\n"
-    for i in range(min(4, len(after))):
-        prompt = (
-            after[i]["prompt"] if isinstance(after[i]["prompt"], str) else after[i]["prompt"][-1]["content"]
-        )
-        text += f"\nprompt     {shown(prompt)}\nreference  {shown(after[i]['reference'])}  ({after[i]['reference_reward']:.3g})\n"
-        for name, s in (("before", before[i]), ("after", after[i])):
-            text += f"{name:<10} {shown(s['completion'])}  ({s['reward']:.3g})\n"
-    return text
-
-
-def constraint_share(samples, key, kind):
-    """(share, n) of the constraints of one type that the answers under `key` meet."""
-    met = [
-        ok
-        for s in samples
-        for ok, c in zip(constraint_results(s[key], s["constraints"]), s["constraints"])
-        if c["type"] == kind
-    ]
-    return sum(met) / len(met), len(met)
-
-
-def shown(text, width=200):
-    text = " / ".join(text.split("\n"))
-    return text if len(text) <= width else text[: width - 1] + "…"
+    groups: B lists of G lists of ids; ends: the EOS ids, which are left out. {} where no sample has n tokens.
+    """
+    shares = []
+    for group in groups:
+        texts = [[t for t in ids if t not in ends] for ids in group]
+        grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return {f"distinct/{n}": sum(shares) / len(shares)} if shares else {}

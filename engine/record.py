@@ -32,12 +32,14 @@ from engine.folders import (
     is_occupied,
     locked,
     parse_object,
-    read_jsonl,
+    read_objects,
     reserve,
     to_json,
     whole_directory,
     write_whole,
 )
+from engine.metrics import renamed
+from engine.settings import RENAMED_SETTINGS
 
 try:
     import resource
@@ -46,8 +48,13 @@ except ImportError:  # Windows
 
 # Of config.json and what stands beside it. 1 (no number): without report.txt; 2: with it.
 FORMAT = 2
-SAMPLE_TEXTS = ("reference", "completion")  # of a line of samples.jsonl, beside its prompt
-SAMPLE_NUMBERS = ("reward", "reference_reward", "tokens", "kl", "logp_reference")
+SAMPLE_TEXTS = ("expert", "completion")  # of a line of samples.jsonl, beside its prompt
+SAMPLE_NUMBERS = ("reward", "expert_reward", "tokens", "kl", "logp_expert")
+
+
+def read_jsonl(path):
+    """The lines of a log, by today's names. Damaged, naming the line, for one that is no object."""
+    return [renamed(line) for line in read_objects(path)]
 
 
 def is_run(path):
@@ -168,9 +175,9 @@ class RunFolder:
             raise UserError(
                 f"--resume: {self.path} is a run of {content.get('method')}, not of {method.name}"
             )
-        settings = content.get("settings")
-        if not isinstance(settings, dict):
+        if not isinstance(content.get("settings"), dict):
             raise Damaged(f"--resume: {self.config}: is damaged (it has no settings)")
+        settings = {RENAMED_SETTINGS.get(key, key): value for key, value in content["settings"].items()}
         fields = {f.name: f for f in dataclasses.fields(method.config)}
         for name, value in settings.items():
             if name not in fields:
@@ -215,7 +222,7 @@ class RunFolder:
         lines = []
         for text in self.read(self.metrics).split(b"\n"):
             with contextlib.suppress(Damaged):
-                lines.append(parse_object(text, self.metrics))
+                lines.append(renamed(parse_object(text, self.metrics)))
         lines = [line for line in lines if type(line.get("step")) is int and 0 <= line["step"] <= last]
         if [line["step"] for line in lines] != list(range(last + 1)):
             found = {line["step"] for line in lines}

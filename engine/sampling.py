@@ -1,16 +1,18 @@
 """Sampling: our own decode loop over a 16-bit copy of the weights.
 
-    rollout = Sampler(hf_model, eos_ids).generate(prompts, group_size=8, max_new_tokens=64, temperature=1.0, seed=0)
+    rollout = Sampler(hf_model, eos_ids).generate(prompts, group_size=8, max_new_tokens=64, seed=0)
 
 Where the speed comes from, largest first (the benchmark in plots/ measures each):
-- drawing a token by inverting the cumulative distribution with one uniform number (torch.multinomial on a CPU takes longer than the
-  whole model's forward pass at a vocabulary of 50,000);
-- weights with LoRA merged in, q/k/v and gate/up as one matrix each, refreshed before every rollout (`LlamaDecoder`);
+- drawing a token by inverting the cumulative distribution with one uniform number (torch.multinomial on a CPU
+  takes longer than the whole model's forward pass at a vocabulary of 50,000);
+- weights with LoRA merged in, q/k/v and gate/up as one matrix each, refreshed before every rollout
+  (`LlamaDecoder`);
 - a prompt is computed once and its keys and values are copied to its G samples;
 - a preallocated KV cache; rows that met an EOS are dropped from the batch.
 Models outside the Llama family decode through transformers' own forward pass, with the same cache, unmerged.
 
-Every row has its own uniform numbers, drawn before decoding, so a sample does not depend on what else is in the batch.
+Every row has its own uniform numbers, drawn before decoding, so a sample does not depend on what else is in
+the batch. `plain_generate` below is the same in a plain loop; the tests hold the fast way to its tokens.
 """
 
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from engine.scoring import frozen_weight
+from engine.scoring import frozen_weight, plain_attention
 
 KV_BYTES = 2**30  # the cache of one batch; more rows than fit are decoded in several batches
+ALMOST_1 = 1 - 2**-24  # the largest fp32 number below 1
 LOGITS = 2**25  # rows x vocabulary of one batch, 128 MiB in fp32
 
 
@@ -32,7 +35,7 @@ class Rollout:
 
 
 class Cache:
-    """Keys and values of R rows and up to S positions. Rows are left-padded: all write to the same slot, positions differ."""
+    """Keys and values of R rows and S slots. Rows are left-padded: one slot for all, positions differ."""
 
     def __init__(self, layers, rows, heads, slots, width, dtype, device):
         self.kv = [
@@ -42,32 +45,29 @@ class Cache:
         self.mask = None  # (R, S) bool, False on left padding; None if there is none
 
     def attend(self, layer, q, k, v, scaling):
-        """q (R, H, n, d), k and v (R, K, n, d) of the next n positions -> (R, n, H, d). n > 1 only for the prompt."""
+        """q (R, H, n, d), k and v (R, K, n, d) of the next n positions -> (R, n, H, d); n > 1: a prompt."""
         (rows, _, n, _), end = q.shape, self.slot + q.shape[2]
         keys, values = self.kv[layer]
         keys[:, :, self.slot : end], values[:, :, self.slot : end] = k, v
         repeat = q.shape[1] // k.shape[1]
         if n > 1:
             causal = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-            if (
-                self.mask is not None
-            ):  # padding sees itself: a softmax over nothing would be NaN and spread through the values
-                causal = (causal & self.mask[:, None, None, :n]) | torch.eye(
-                    n, dtype=torch.bool, device=q.device
-                )
-            out = F.scaled_dot_product_attention(
-                q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), causal, scale=scaling
-            )
-        else:  # one query for each head: heads that share keys become the query axis, so keys are not repeated
+            if self.mask is not None:
+                # Padding sees itself: a softmax over nothing would be NaN and spread through the values.
+                itself = torch.eye(n, dtype=torch.bool, device=q.device)
+                causal = (causal & self.mask[:, None, None, :n]) | itself
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+            out = F.scaled_dot_product_attention(q, k, v, causal, scale=scaling)
+        else:
+            # One query for each head: heads that share keys become the query axis, so keys are not repeated.
             mask = None if self.mask is None else self.mask[:, None, None, :end]
             q = q.reshape(rows, k.shape[1], repeat, -1)
-            out = F.scaled_dot_product_attention(
-                q, keys[:, :, :end], values[:, :, :end], mask, scale=scaling
-            ).reshape(rows, -1, 1, v.shape[-1])
+            out = F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], mask, scale=scaling)
+            out = out.reshape(rows, -1, 1, v.shape[-1])
         return out.transpose(1, 2)
 
     def fan_out(self, group_size, slots):
-        """The cache of the samples: each row's prompt copied group_size times, with room for `slots` positions."""
+        """The cache of the samples: each prompt copied group_size times, with room for `slots` positions."""
         _, rows, heads, length, width = self.kv[0].shape
         big = Cache(len(self.kv), rows * group_size, heads, slots, width, self.kv[0].dtype, self.kv[0].device)
         for small, large in zip(self.kv, big.kv):
@@ -78,16 +78,18 @@ class Cache:
         return big
 
     def keep(self, rows):
-        """Drop all rows but these (index tensor). A layer at a time: two whole caches at once would be the peak of a step."""
+        """Drop all rows but these (index tensor). A layer at a time: two whole caches at once would be the
+        peak of a step.
+        """
         for i, kv in enumerate(self.kv):
             self.kv[i] = kv.index_select(1, rows)
         self.mask = None if self.mask is None else self.mask.index_select(0, rows)
 
 
 class LlamaDecoder:
-    """Forward pass of Llama, Qwen2, Qwen3 and Mistral over merged, fused weights; equal to transformers' up to rounding.
+    """Llama, Qwen2, Qwen3 and Mistral over merged, fused weights; equal to transformers' up to rounding.
 
-    hf: the transformers model with LoRA layers injected (their active adapter is merged), weights 4-bit or not.
+    hf: the transformers model with LoRA layers injected, whose active adapter is merged; 4-bit or not.
     """
 
     def __init__(self, hf):
@@ -99,9 +101,8 @@ class LlamaDecoder:
         self.groups = []  # for each layer: the fused linear layers and where they come from
         for layer in self.model.layers:
             a, m = layer.self_attn, layer.mlp
-            self.groups.append(
-                [[a.q_proj, a.k_proj, a.v_proj], [a.o_proj], [m.gate_proj, m.up_proj], [m.down_proj]]
-            )
+            qkv, gate_up = [a.q_proj, a.k_proj, a.v_proj], [m.gate_proj, m.up_proj]
+            self.groups.append([qkv, [a.o_proj], gate_up, [m.down_proj]])
         self.weights = None
         self.biases = [[self.fused_bias(g) for g in groups] for groups in self.groups]
 
@@ -109,9 +110,8 @@ class LlamaDecoder:
     def supports(hf):
         config = hf.config
         rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        window = getattr(config, "use_sliding_window", config.model_type == "mistral") and getattr(
-            config, "sliding_window", None
-        )
+        window = getattr(config, "use_sliding_window", config.model_type == "mistral")
+        window = window and getattr(config, "sliding_window", None)
         known = config.model_type in ("llama", "qwen2", "qwen3", "mistral") and config.hidden_act == "silu"
         return known and rope in ("default", "linear", "llama3", "yarn") and not window
 
@@ -134,7 +134,8 @@ class LlamaDecoder:
     def forward(self, ids, positions, cache):
         """ids, positions (R, n) -> hidden states (R, n, D); keys and values go to the cache."""
         x = self.model.embed_tokens(ids)
-        cos, sin = (t[:, None] for t in self.model.rotary_emb(x, positions))  # (R, 1, n, d)
+        cos, sin = self.model.rotary_emb(x, positions)
+        cos, sin = cos[:, None], sin[:, None]  # (R, 1, n, d)
         R, n = ids.shape
         for i, layer in enumerate(self.model.layers):
             (qkv, o, gate_up, down), (b_qkv, b_o, b_gate_up, b_down) = self.weights[i], self.biases[i]
@@ -156,7 +157,7 @@ class LlamaDecoder:
 
 
 class HFDecoder:
-    """Forward pass of any other model that takes an attention function by name: transformers' own modules, adapters unmerged."""
+    """Any other model that takes an attention function by name: transformers' forward, adapters unmerged."""
 
     def __init__(self, hf):
         self.hf, self.model, config = hf, hf.base_model, hf.config
@@ -171,23 +172,27 @@ class HFDecoder:
         pass
 
     def forward(self, ids, positions, cache):
-        return self.model(
-            input_ids=ids, position_ids=positions, use_cache=False, layout=cache
-        ).last_hidden_state
+        out = self.model(input_ids=ids, position_ids=positions, use_cache=False, layout=cache)
+        return out.last_hidden_state
 
 
-def prepack(weight):
-    """On a CPU, bf16 weights in oneDNN's own layout: F.linear would reorder them at every call, which takes longer than multiplying."""
-    if (
-        weight.device.type != "cpu"
-        or weight.dtype != torch.bfloat16
-        or not torch.backends.mkldnn.is_available()
-    ):
+def prepack(weight: torch.Tensor) -> torch.Tensor:
+    """On an x86 CPU, a weight (out, in) in oneDNN's blocked layout, for `linear`; elsewhere as it is.
+
+    F.linear reads the plain layout at every call, and with the few rows of a decoded position that takes
+    longer than multiplying: in fp32 on AVX2 packing took a rollout of 8 x 64 tokens from 20.6 s to 14.2.
+    oneDNN multiplies bf16 only from AVX512 on (its presence alone says nothing), so there bf16 weights stay
+    plain.
+    """
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    packed = weight.dtype == torch.float32 and "AVX" in torch.backends.cpu.get_cpu_capability()
+    packed |= weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()) if packed else weight
 
 
-def linear(x, weight, bias):
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """x W^T + b for a weight from `prepack`. Its slow twin is F.linear on the weight before packing."""
     if weight.is_mkldnn:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -197,15 +202,14 @@ def base_layer(module):
     return getattr(module, "base_layer", module)
 
 
-def merged_weight(module):
-    """The weight of a linear layer with its active LoRA adapter, fp32, dequantised if it is NF4: W + scaling * B A."""
+def merged_weight(module: torch.nn.Module) -> torch.Tensor:
+    """W + scaling * B A: a linear layer's weight with its active adapter, fp32, dequantised if it is NF4."""
     base = base_layer(module)
     weight = frozen_weight(base).float()
     if base is not module and not module.disable_adapters:
         (name,) = module.active_adapters
-        weight = torch.addmm(
-            weight, module.lora_B[name].weight, module.lora_A[name].weight, alpha=module.scaling[name]
-        )
+        A, B = module.lora_A[name].weight, module.lora_B[name].weight
+        weight = torch.addmm(weight, B, A, alpha=module.scaling[name])
     return weight
 
 
@@ -215,10 +219,13 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat([-b, a], -1) * sin
 
 
-def draw(logits, temperature, uniform):
-    """One token for each row from softmax(logits / temperature) by inverting its CDF, and its log-probability.
+def draw(
+    logits: torch.Tensor, temperature: float, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each row from softmax(logits / temperature), by inverting its CDF, and its log-prob.
 
-    logits (R, V), uniform (R,) in [0, 1) -> tokens (R,), logp (R,) fp32. temperature 0 takes the largest logit, logp at T = 1.
+    logits (R, V), uniform (R,) in [0, 1) -> tokens (R,), logp (R,) fp32. temperature 0 takes the largest
+    logit, logp at T = 1.
     """
     z = logits.float()
     if temperature not in (0, 1):
@@ -229,14 +236,58 @@ def draw(logits, temperature, uniform):
     if temperature == 0:
         tokens = z.argmax(-1)
     else:  # right=True never picks a token of probability 0
-        tokens = torch.searchsorted(cdf, (uniform * total)[:, None], right=True)[:, 0].clamp_(
-            max=z.shape[-1] - 1
-        )
+        tokens = torch.searchsorted(cdf, (uniform * total)[:, None], right=True)[:, 0]
+        tokens.clamp_(max=z.shape[-1] - 1)
     return tokens, z.gather(-1, tokens[:, None])[:, 0] - total.log()
 
 
+def uniforms(rows: int, tokens: int, seed: int) -> torch.Tensor:
+    """The random numbers of a rollout, (rows, tokens) fp32 in [0, 1): the same whatever the device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, tokens, generator=generator, dtype=torch.float64).float().clamp_(max=ALMOST_1)
+
+
+@torch.no_grad()
+def plain_generate(
+    hf: torch.nn.Module,
+    eos_ids: list,
+    prompts: list,
+    group_size: int = 1,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Rollout:
+    """The slow twin of Sampler.generate: no cache, no batch, no merged weights, all text again at each token.
+
+    hf: the transformers model, whose active adapter samples. The rest, and the tokens, as in Policy.generate.
+    """
+    uniform = uniforms(len(prompts) * group_size, max_new_tokens, seed).view(len(prompts), group_size, -1)
+    rollout = Rollout([], [], [])
+    for b, prompt in enumerate(prompts):
+        completions, all_logps = [], []
+        for g in range(group_size):
+            ids, logps = [], []
+            while len(ids) < max_new_tokens and not (ids and ids[-1] in eos_ids):
+                with plain_attention(hf):
+                    text = torch.tensor([prompt + ids], device=hf.device)
+                    logits = hf(input_ids=text, use_cache=False).logits[0, -1].float()  # (V,)
+                # temperature 0 is greedy, and its log-probability that at T = 1
+                logp = (logits / (temperature or 1)).log_softmax(-1)
+                # The token in whose share of [0, 1) the uniform number falls, the shares in the ids' order.
+                ends = logp.exp().cumsum(-1).cpu()
+                token = int((ends <= uniform[b, g, len(ids)]).sum()) if temperature else int(logits.argmax())
+                ids.append(token)
+                logps.append(float(logp[token]))
+            completions.append(ids)
+            all_logps.append(logps)
+        rollout.completions.append(completions)
+        rollout.logps.append(all_logps)
+        rollout.truncated.append([ids[-1] not in eos_ids for ids in completions])
+    return rollout
+
+
 class Sampler:
-    """hf: a transformers causal LM whose attention implementation is policy.shared_prefix_attention; eos_ids: ids that end an answer."""
+    """hf: a transformers causal LM with scoring.shared_prefix_attention; eos_ids: ids that end an answer."""
 
     def __init__(self, hf, eos_ids):
         self.hf = hf
@@ -245,31 +296,15 @@ class Sampler:
         self.eos = torch.tensor(eos_ids, device=self.device)
 
     @torch.no_grad()
-    def generate(self, prompts, group_size, max_new_tokens, temperature, seed):
-        """See policy.Policy.generate."""
+    def generate(
+        self, prompts: list, group_size: int, max_new_tokens: int, temperature: float, seed: int
+    ) -> Rollout:
+        """See policy.Policy.generate. The slow twin is `plain_generate`."""
         head = self.hf.get_output_embeddings()
         self.decoder.refresh()
         self.head, self.head_bias = prepack(head.weight.detach()), head.bias
-        rows = len(prompts) * group_size
-        # Drawn on the CPU: the same numbers on every device.
-        uniform = (
-            torch.rand(
-                rows, max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-            )
-            .float()
-            .clamp_(max=1 - 2**-24)
-        )
-        per_token = (
-            2
-            * self.hf.config.num_hidden_layers
-            * self.decoder.kv_heads
-            * self.decoder.width
-            * self.decoder.dtype.itemsize
-        )
-        row_bytes = per_token * (max(map(len, prompts)) + max_new_tokens)
-        at_once = max(
-            1, min(KV_BYTES // row_bytes, LOGITS // self.hf.config.vocab_size) // group_size
-        )  # prompts
+        uniform = uniforms(len(prompts) * group_size, max_new_tokens, seed)
+        at_once = self.prompts_at_once(max(map(len, prompts)) + max_new_tokens, group_size)
         rollout = Rollout([], [], [])
         for i in range(0, len(prompts), at_once):
             part = prompts[i : i + at_once]
@@ -285,29 +320,30 @@ class Sampler:
         self.head = None
         return rollout
 
-    def decode(self, prompts, group_size, temperature, uniform):
-        """One batch -> tokens (R, T), logps (R, T), lengths (R,), ended (R,), R = prompts x group_size, on the CPU."""
-        R, T = uniform.shape
+    def prompts_at_once(self, positions, group_size):
+        """How many prompts are decoded together, so that their samples' cache and logits stay in bounds."""
+        numbers = self.hf.config.num_hidden_layers * 2 * self.decoder.kv_heads * self.decoder.width
+        rows = KV_BYTES // (numbers * self.decoder.dtype.itemsize * positions)
+        return max(1, min(rows, LOGITS // self.hf.config.vocab_size) // group_size)
+
+    def read_prompts(self, prompts, group_size, room):
+        """Each prompt once -> of all samples: hidden state (R, D), cache with `room` slots, position (R,)."""
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         P = int(lengths.max())
         ids = torch.tensor([[0] * (P - len(p)) + p for p in prompts], device=self.device)
         valid = torch.arange(P, device=self.device) >= (P - lengths)[:, None]
-        cache = Cache(
-            self.hf.config.num_hidden_layers,
-            len(prompts),
-            self.decoder.kv_heads,
-            P,
-            self.decoder.width,
-            self.decoder.dtype,
-            self.device,
-        )
+        layers, heads, width = self.hf.config.num_hidden_layers, self.decoder.kv_heads, self.decoder.width
+        cache = Cache(layers, len(prompts), heads, P, width, self.decoder.dtype, self.device)
         cache.mask = None if bool(valid.all()) else valid
         hidden = self.decoder.forward(ids, (valid.cumsum(-1) - 1).clamp_(min=0), cache)[:, -1]
         cache.slot = P
-        cache = cache.fan_out(group_size, P + T)
-        hidden = hidden.repeat_interleave(group_size, 0)
-        position = lengths.repeat_interleave(group_size)
+        cache = cache.fan_out(group_size, P + room)
+        return hidden.repeat_interleave(group_size, 0), cache, lengths.repeat_interleave(group_size)
 
+    def decode(self, prompts, group_size, temperature, uniform):
+        """R = prompts x group_size rows -> tokens (R, T), logps (R, T), lengths (R,), ended (R,)."""
+        R, T = uniform.shape
+        hidden, cache, position = self.read_prompts(prompts, group_size, T)
         uniform = uniform.to(self.device)
         tokens = torch.zeros(R, T, dtype=torch.long, device=self.device)
         logps = torch.zeros(R, T, device=self.device)
@@ -329,7 +365,8 @@ class Sampler:
             cache.slot += 1
             position = position + 1
         is_eos = torch.isin(tokens, self.eos)
-        # An unfinished row holds no EOS; zeros after a finished row's EOS do not matter even where 0 is an EOS id, the first one counts.
+        # An unfinished row holds no EOS; zeros after a finished row's EOS do not matter even where 0 is an
+        # EOS id, the first one counts.
         ended = is_eos.any(-1)
         lengths = torch.where(ended, is_eos.int().argmax(-1) + 1, T)
         return tokens.cpu(), logps.cpu(), lengths.tolist(), ended.tolist()

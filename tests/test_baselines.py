@@ -157,12 +157,12 @@ def test_sft_gradient_is_that_of_transformers(per_response, tmp_path):
     t.policy.save(tmp_path / "adapter")
     oracle = reload(t.policy.source, tmp_path / "adapter")
     records = t.next_records()
-    rows = [r["prompt_ids"] + r["reference_ids"] for r in records]
+    rows = [r["prompt_ids"] + r["expert_ids"] for r in records]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     labels = torch.tensor(
         [
-            [-100] * len(r["prompt_ids"]) + r["reference_ids"] + [-100] * (width - len(row))
+            [-100] * len(r["prompt_ids"]) + r["expert_ids"] + [-100] * (width - len(row))
             for r, row in zip(records, rows)
         ]
     )
@@ -207,7 +207,7 @@ def test_dpo_scores_the_reference_once_for_each_record():
     with torch.no_grad():
         for r in t.records:
             fresh = again.policy.token_logps(
-                [r["prompt_ids"]], [[r["reference_ids"], r["rejected_ids"]]], role="reference"
+                [r["prompt_ids"]], [[r["expert_ids"], r["rejected_ids"]]], role="reference"
             ).logps.sum(-1)[0]
             torch.testing.assert_close(
                 fresh, t.kept["reference_logps"][r["record_index"]], rtol=1e-5, atol=1e-5
@@ -218,7 +218,7 @@ def test_dpo_answers_have_one_eos():
     """A chat template that ends the answer too would give two, the second at log-prob -20, in every pair."""
     t = trainer(DPO)
     for r in t.records:
-        for ids in (r["reference_ids"], r["rejected_ids"]):
+        for ids in (r["expert_ids"], r["rejected_ids"]):
             assert [i for i, token in enumerate(ids) if token in t.policy.eos_ids] == [len(ids) - 1]
 
 
@@ -297,8 +297,8 @@ def test_value_and_policy_share_no_gradient():
 def test_ppo_puts_the_score_on_the_last_token_and_the_kl_on_each(monkeypatch):
     seen = {}
 
-    def spy(rewards, values, mask, *args):
-        seen.update(rewards=rewards, values=values, mask=mask)
+    def spy(rewards, values, mask, *args):  # (B, G, T); here in rows (N, T)
+        seen.update(rewards=rewards.flatten(0, 1), values=values.flatten(0, 1), mask=mask.flatten(0, 1))
         return gae(rewards, values, mask, *args)
 
     gae = baselines.gae
@@ -340,6 +340,18 @@ def test_ppo_ratio_is_exactly_one_before_an_update(tokens):
         and metrics["kl/update"] == metrics["clip/low"] == metrics["clip/high"] == 0
         and metrics["updates"] == 4
     )
+
+
+@pytest.mark.parametrize("prompts, count, sizes", ((4, 3, [2, 1, 1]), (5, 3, [2, 2, 1]), (6, 2, [3, 3])))
+def test_ppo_makes_as_many_mini_batches_as_asked(prompts, count, sizes):
+    """3 of 4 prompts silently became 2 (torch.chunk rounds the size up): fewer updates than the flag says."""
+    t = trainer(PPO, "--prompts-per-step", prompts, "--minibatches", count, reward_fn=letters)
+    batch = t.rollout(t.next_records())
+    minibatches = t.minibatches(batch, count)
+    assert [sum(len(part.prompts) for part in parts) for parts in minibatches] == sizes
+    groups = [range(prompts)[part.groups] for parts in minibatches for part in parts]
+    assert [i for group in groups for i in group] == list(range(prompts))
+    assert one_step(t)["updates"] == t.config.ppo_epochs * count
 
 
 def test_ppo_gradient_with_checkpointing():

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import baselines as B
+from losses import AGGREGATES, normaliser
 
 LENGTHS = (5, 1, 3, 7, 2, 6, 4, 7)
 N, T = len(LENGTHS), max(LENGTHS)
@@ -474,7 +475,7 @@ def losses():
     for per_response in (False, True):
         table[f"sft {per_response}"] = (
             lambda x, s, w, n, p=per_response: B.sft_loss(x[s, :w], MASK[s, :w], p, denominator=n),
-            B.normaliser(MASK, "sequence" if per_response else "token"),
+            normaliser(MASK, "sequence" if per_response else "token"),
         )
     for aggregate in ("sequence", "token", "constant"):
         table[f"grpo {aggregate}"] = (
@@ -489,13 +490,13 @@ def losses():
                 max_length=T,
                 denominator=n,
             )[0],
-            B.normaliser(MASK, aggregate, max_length=T),
+            normaliser(MASK, aggregate, max_length=T),
         )
     A2 = rand(N, T, seed=9)
     for name, loss in (("ppo policy", B.ppo_policy_loss), ("ppo value", B.ppo_value_loss)):
         table[name] = (
             lambda x, s, w, n, f=loss: f(x[s, :w], old[s, :w], A2[s, :w], MASK[s, :w], 0.2, denominator=n)[0],
-            B.normaliser(MASK),
+            normaliser(MASK),
         )
     table["dpo"] = (lambda x, s, w, n: B.dpo_loss(x[s, 0], *rand(3, N)[:, s], denominator=n)[0], N)
     return table
@@ -521,6 +522,29 @@ def test_micro_batches_do_not_change_the_gradient(name):
         "ppo value",
     ):  # the bug this guards against is visible here
         assert not torch.allclose(split(x, None) / N, loss(x, slice(None), T, None))
+
+
+def test_groups_are_rows():
+    """(B, G, T) is (N, T) to every loss: flattened by hand, a reader lost track of which row was whose."""
+    logps, old, ref, A = batch()
+    rewards, returns = B.token_rewards(A, logps, ref, MASK, 0.1), rand(N, T, seed=9)
+
+    def every(view):
+        x, o, r, m = view(logps), view(old), view(ref), view(MASK)
+        a, R = view(A), view(returns)
+        return [
+            B.sft_loss(x, m),
+            B.sft_loss(x, m, per_response=True),
+            *(B.grpo_loss(x, o, r, a, m, kl_coef=0.1, aggregate=how)[0] for how in AGGREGATES),
+            B.ppo_policy_loss(x, o, R, m)[0],
+            B.ppo_value_loss(x, o, R, m)[0],
+            B.token_rewards(a, x, r, m, 0.1).flatten(),
+            *(found.flatten() for found in B.gae(view(rewards), x, m)),
+            B.whiten(R, m).flatten(),
+        ]
+
+    for rows, groups in zip(every(lambda x: x), every(lambda x: x.unflatten(0, (2, N // 2)))):
+        torch.testing.assert_close(rows, groups)
 
 
 def everything(x, mask, junk):

@@ -11,6 +11,7 @@ PROGRAMS = [
     ["minigrao.py"],
     ["uniapl.py"],
     ["uniapl.py", "discriminator"],
+    ["uniapl.py", "teach"],
     ["baselines.py", "ppo"],
     ["reward.py", "train"],
     ["policy.py"],

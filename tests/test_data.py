@@ -3,6 +3,8 @@
 import gzip
 import importlib
 import json
+import math
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -12,13 +14,14 @@ from data import UserError, chat_tasks, load_records, tiny_tasks
 from data import constraints as checks
 
 loaders = importlib.import_module("data.loaders")
-TOPICS = importlib.import_module("data.chat_tasks").TOPICS
+tasks = importlib.import_module("data.chat_tasks")  # the package has a function of that name
+TOPICS, asked = tasks.TOPICS, tasks.asked
 HH = (
     Path(__file__).parents[2] / "shared" / "data" / "hh-rlhf"
 )  # real data beside the checkout, where there is any
 
 
-# ----------------------------------------------------------------------------------------------------------- chat tasks
+# ------------------------------------------------------------------------------------------------- chat tasks
 
 
 def test_chat_tasks_are_deterministic_and_distinct():
@@ -45,16 +48,19 @@ def test_chat_splits_share_no_topic():
 def test_chat_references_are_good_but_not_perfect(split):
     records = chat_tasks(split, 1500, seed=1)
     met = {
-        key: [ok for r in records for ok in checks.constraint_results(r[key], r["constraints"])]
+        key: [ok for r in records for ok in checks.constraint_results(r[key], asked(r))]
         for key in ("chosen", "rejected")
     }
     assert 0.75 < sum(met["chosen"]) / len(met["chosen"]) < 0.85
     assert 0.3 < sum(met["rejected"]) / len(met["rejected"]) < 0.5
-    assert 0.2 < sum(len(r["constraints"]) == 2 for r in records) / len(records) < 0.32
+    assert 0.2 < sum(len(asked(r)) == 2 for r in records) / len(records) < 0.32
     counts = Counter(c["type"] for r in records for c in r["constraints"])
     assert len(counts) >= 14 and min(counts.values()) >= 10
     for r in records:
         assert checks.hack(r["prompt"], r["chosen"], r["min_words"], r["constraints"], r["about"]) is None, r
+        wanted, results = r["constraints"], checks.constraint_results(r["chosen"], r["constraints"])
+        assert [c["type"] for c in wanted].index("short") == len(wanted) - 1
+        assert results[-1] or not all(results), r  # an answer that is right is as short as its task asks
 
 
 def test_chat_tasks_refuse_what_they_cannot_give():
@@ -64,7 +70,7 @@ def test_chat_tasks_refuse_what_they_cannot_give():
     assert chat_tasks("train", 0) == []
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def write(path, records):
@@ -87,6 +93,15 @@ def test_builtin_tasks():
     assert len(load_records("tasks", "heldout")) == 200
 
 
+@pytest.mark.parametrize("level", ["tiny", "chat"])
+def test_the_whole_pool_begins_as_a_part_of_it(level):
+    """A run that leaves long records out reads them all and keeps the first that fit. Of the built-in tasks
+    it once got 1000 and 200 instead, and the run was another one although nothing was too long."""
+    every = load_records("tasks", "heldout", n=math.inf, seed=3, level=level)
+    assert every[:400] == load_records("tasks", "heldout", n=400, seed=3, level=level)
+    assert len(every) == loaders.MOST[level]["heldout"]
+
+
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
 def test_a_file_is_split_by_its_prompts(tmp_path, name):
     path = write(
@@ -101,6 +116,52 @@ def test_a_file_is_split_by_its_prompts(tmp_path, name):
     assert load_records(path, "train", n=7) == train[:7] and load_records(path, "train") == train
     assert train != load_records(path, "train", seed=1)
     assert {r["line"] for r in load_records(path, "heldout", seed=1)} == {r["line"] for r in heldout}
+
+
+def test_a_file_is_split_by_its_dialogues(tmp_path):
+    """24 of 224 held-out prompts of HH-RLHF were once another turn of a training dialogue."""
+    records = []
+    for i in range(300):
+        turns = [{"role": "user", "content": f"Question {i}?"}]
+        records.append({"prompt": list(turns), "chosen": "Yes."})
+        turns += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
+        records.append({"prompt": turns, "chosen": "Because."})
+        records.append({"prompt": [{"role": "system", "content": "Be brief."}, *turns], "chosen": "So."})
+    path = write(tmp_path / "turns.jsonl", records)
+    sides = {}
+    for split in ("train", "heldout"):
+        sides[split] = {loaders.dialogue(r["prompt"]) for r in load_records(path, split)}
+    assert not sides["train"] & sides["heldout"] and 15 <= len(sides["heldout"]) <= 50
+    assert len(sides["train"] | sides["heldout"]) == 300
+
+
+def test_a_column_split_decides(tmp_path):
+    """A generated file knows better than a hash which topics are held out."""
+    records = [preference(i, split="heldout" if i % 3 == 0 else "train") for i in range(30)]
+    path = write(tmp_path / "split.jsonl", records)
+    for split in ("train", "heldout"):
+        loaded = load_records(path, split)
+        assert sorted(r["prompt"] for r in loaded) == sorted(
+            r["prompt"] for r in records if r["split"] == split
+        )
+    for wrong in (preference(30, split="test"), preference(30, split=None), preference(30, split=[])):
+        path = write(tmp_path / "wrong.jsonl", [*records, wrong])
+        with pytest.raises(UserError, match='wrong.jsonl: .*"split".*"train" or "heldout"') as error:
+            load_records(path, "train")
+        assert "\n" not in str(error.value)
+    path = write(tmp_path / "some.jsonl", [*records, preference(30)])
+    with pytest.raises(UserError, match="some.jsonl: 1 of 31 records"):
+        load_records(path, "train")
+    path = write(tmp_path / "train.jsonl", [preference(i, split="train") for i in range(9)])
+    with pytest.raises(UserError, match="no record for the heldout split"):
+        load_records(path, "heldout")
+
+
+def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path):
+    """Opening a named pipe waits for a writer: the command hung without a word."""
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="pipe.jsonl: is not a regular file"):
+        load_records(tmp_path / "pipe.jsonl", "train")
 
 
 @pytest.mark.parametrize("count", range(2, 8))
@@ -142,6 +203,8 @@ BAD_LINES = [  # (second line of the file, a word of the reason)
     (b'{"prompt": "p", "chosen": [{"role": "user", "content": "x"}]}', "chosen"),
     (b'{"prompt": "p", "chosen": "c", "score": NaN}', "NaN"),
     (b'{"prompt": "p", "chosen": "c", "score": -Infinity}', "Inf"),
+    (b'{"prompt": "p", "chosen": "c", "margin": 1' + b"0" * 400 + b"}", "too large"),
+    (b'{"prompt": "p", "chosen": "c", "margin": -1e999}', "too large"),
     (b'{"prompt": "\xff", "chosen": "c"}', "UTF-8"),
     (b'{"prompt": "\\ud800", "chosen": "c"}', "surrogate"),
     (b"[" * 100_000, "JSON"),
@@ -210,7 +273,7 @@ def test_the_hub_gives_the_official_splits(tmp_path, monkeypatch):
     assert asked == ["harmless-base/test.jsonl.gz", "helpful-base/train.jsonl.gz"]
 
 
-# -------------------------------------------------------------------------------------------------------------- HH-RLHF
+# ---------------------------------------------------------------------------------------------------- HH-RLHF
 
 
 def test_dialogue_pairs(tmp_path):

@@ -10,7 +10,7 @@ from conftest import randomise_all
 from test_uniapl import FEW, SMALL, trainer
 
 import discriminator
-from data import UserError, chat_tasks, load_records, teach, tiny_tasks
+from data import UserError, chat_tasks, load_records, tiny_tasks
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from discriminator import DiscriminatorConfig, another_expert, condition, expert_pairs, measure, scores
@@ -195,10 +195,10 @@ def test_judge_scores_samples_and_a_second_expert():
     t = trainer("a-grpo", "--discriminator", "polar")
     batch = t.rollout(t.next_records())
     D, metrics = discriminator.judge(t, "polar", batch)
-    plain = scores("polar", t.policy, batch.prompts, batch.references, batch.completions)
+    plain = scores("polar", t.policy, batch.prompts, batch.experts, batch.completions)
     torch.testing.assert_close(D, torch.tensor(plain), rtol=1e-3, atol=1e-4)
     seconds = [[t.policy.encode_answer(another_expert(r, t.config))] for r in batch.records]
-    expert = [row[0] for row in scores("polar", t.policy, batch.prompts, batch.references, seconds)]
+    expert = [row[0] for row in scores("polar", t.policy, batch.prompts, batch.experts, seconds)]
     wins = [(e > o) + 0.5 * (e == o) for e, row in zip(expert, plain) for o in row]
     assert metrics["score/expert"] == pytest.approx(sum(expert) / 3, abs=1e-4) and metrics[
         "score/accuracy"
@@ -229,6 +229,7 @@ def test_a_reward_model_is_no_discriminator(tiny, tmp_path, capsys):
 def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
     out = tmp_path / "teacher.jsonl"
     flags = [
+        "teach",
         "--model",
         "tiny",
         "--quantize",
@@ -242,7 +243,7 @@ def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
         "--out",
         str(out),
     ]
-    assert teach.main(flags) == 0
+    assert command_line(flags) == 0
     said, records = capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()]
     from reward import verifier
 
@@ -259,7 +260,7 @@ def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
         and 5 < len(records) < 40
     )
     assert load_records(str(out), "train")  # it is data for the methods
-    assert teach.main(flags) == 2 and "exists already" in capsys.readouterr().err
+    assert command_line(flags) == 2 and "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,8 +279,9 @@ def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
     )
     flags = [str(tmp_path / "plain.jsonl") if f == "PLAIN" else f for f in flags]
     assert (
-        teach.main(
+        command_line(
             [
+                "teach",
                 "--model",
                 "tiny",
                 "--prompts",

@@ -8,7 +8,7 @@ import pytest
 import reward
 from data import UserError, load_records
 from engine import measures, pairs
-from engine.measures import report
+from engine.report import report, report_pairs
 
 
 def test_pairs_that_cannot_be_used_are_counted_and_named(capsys):
@@ -76,6 +76,8 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
             ],
             "chosen": "red " * (1 + 59 * (i // 30 % 2)),
             "rejected": "cat",
+            # a file that splits by turn, against better advice: six long ones, four short ones
+            "split": "heldout" if i in range(30, 36) or i in range(6, 10) else "train",
         }
         for i in range(90)
     ]
@@ -126,25 +128,20 @@ def test_calibration_by_hand():
 
 
 def test_a_length_shortcut_is_visible():
-    lengths = [(5, 3), (9, 2), (2, 4), (3, 8), (4, 4)]
+    lengths = [(5, 3), (9, 2), (2, 4), (3, 8), (4, 4)] * 6
     m = measures.measures([[float(a), float(b)] for a, b in lengths], lengths)
-    assert (
-        m["accuracy"] == m["longer_wins"] == 0.5
-        and m["prefers_longer"] == 1.0
-        and m["correlation_with_length"] == pytest.approx(1.0)
-    )
-    assert m["over_longer"] == 0 and m["over_longer_interval"] == (
-        0,
-        0,
-    )  # on the same pairs it is right where length is, and only there
+    assert m["accuracy"] == m["longer_wins"] == 0.5 and m["prefers_longer"] == 1.0
+    assert m["correlation_with_length"] == pytest.approx(1.0)
+    # on the same pairs it is right where length is, and only there
+    assert m["over_longer"] == 0 and m["over_longer_interval"] == (0, 0)
     assert [b["accuracy"] for b in m["by_length"]][0] == 0.0 and [b["accuracy"] for b in m["by_length"]][
         -1
     ] == 1.0
-    assert sum(b["n"] for b in m["by_length"]) == 5
-    m = measures.measures([[1.0, 0.0]] * 3, [(5, 3), (3, 5), (4, 4)])
+    assert sum(b["n"] for b in m["by_length"]) == 30
+    m = measures.measures([[1.0, 0.0]] * 30, [(5, 3), (3, 5), (4, 4)] * 10)
     assert (
         m["over_longer"] == 0.5
-        and measures.report_pairs("x", m).count("over the longer one, same pairs +0.500 [") == 1
+        and report_pairs("x", m).count("over the longer one, same pairs +0.500 [") == 1
     )
     assert (
         measures.measures([[1.0, 1.0]], [(3, 3)])["accuracy"] == 0.5
@@ -154,23 +151,20 @@ def test_a_length_shortcut_is_visible():
 def test_report_has_intervals_and_quartiles():
     one = {
         "prompt": "p",
-        "reference": "r",
+        "expert": "r",
         "completion": "c",
         "tokens": 2,
         "truncated": False,
-        "reference_reward": 1.0,
+        "expert_reward": 1.0,
     }
-    before, after = (
-        [one | {"reward": float(r)} for r in rewards] for rewards in ([0] * 8, [2] * 6 + [-1] * 2)
-    )
+    before = [one | {"reward": 0.0}] * 32
+    after = [one | {"reward": 2.0, "completion": "d"}] * 24 + [one | {"reward": -1.0, "completion": "e"}] * 8
     text = report(before, after)
-    wins = measures.bootstrap_interval([1.0] * 6 + [0.0] * 2)
-    gain = measures.bootstrap_interval([1.0] * 6 + [-1.0] * 2)
-    assert (
-        "-" not in str(wins)
-        and f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text
-        and f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in text
-    )
+    wins = measures.bootstrap_interval([1.0] * 24 + [0.0] * 8)
+    gain = measures.bootstrap_interval([1.0] * 24 + [-1.0] * 8)
+    assert "-" not in str(wins)
+    assert f"[{wins[0]:.3f}, {wins[1]:.3f}]" in text and f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in text
     assert "1.250 / 2.000 / 2.000" in text and "1.299" in text  # sqrt(27/16)
-    rewards = [[r["reward"] for r in part] for part in (before, after)]
-    assert f"[{gain[0]:+.3f}, {gain[1]:+.3f}]" in measures.against_references(rewards, [[1.0] * 8] * 2)[-1]
+    # fewer prompts than an interval can speak of: none is printed
+    assert "95 %" not in report(before[:29], after[:29]).replace("mean reward [95 % interval]", "")
+    assert "[" not in report(before[:29], after[:29]).replace("mean reward [95 % interval]", "")

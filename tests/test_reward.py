@@ -1,4 +1,5 @@
-"""reward.py against IFEval's own checkers, against hacks of every constraint, and against cases worked by hand."""
+"""reward.py against IFEval's own checkers, against hacks of every constraint, and against cases worked by
+hand."""
 
 import importlib
 import random
@@ -6,8 +7,9 @@ import random
 import pytest
 
 import reward
-from data import UserError, chat_tasks, tiny_tasks
+from data import UserError, chat_tasks, floor, tiny_tasks
 from data import constraints as checks
+from data.words import on_topic, stem
 from engine import measures
 
 tasks = importlib.import_module("data.chat_tasks")  # the package has a function of that name
@@ -21,7 +23,7 @@ def earn(text, constraints, prompt=ASK, **columns):
     return reward.verifier([prompt], [text], [constraints], **columns)[0]
 
 
-# ----------------------------------------------------------------------------------------------------- IFEval as oracle
+# ------------------------------------------------------------------------------------------- IFEval as oracle
 
 
 def ifeval_cases():
@@ -33,6 +35,13 @@ def ifeval_cases():
         ({"type": "quotes"}, "startend:quotation", {}),
         ({"type": "json"}, "detectable_format:json_format", {}),
         ({"type": "title"}, "detectable_format:title", {}),
+        ({"type": "title", "first": True}, "detectable_format:title", {}),
+        ({"type": "json", "keys": ["topic", "fact"]}, "detectable_format:json_format", {}),
+        (
+            {"type": "placeholders", "n": 1, "first": True},
+            "detectable_content:number_placeholders",
+            {"num_placeholders": 1},
+        ),
     ]
     for n in range(5):
         cases += [
@@ -119,6 +128,15 @@ EDGES = [
     "Bees, bees",
     'ends that is all." ',
     "''honey'",
+    "xhoneyz and hives",
+    "honeys and hives_",
+    "ho-ney",
+    "é e",
+    "I A",
+    "Bees make honey. <<Bees>>",
+    "Bees make honey in the hive, dear [name].",
+    '"Bees make honey."',
+    '{"topic": "bees", "fact": "Bees make honey."}',
 ]
 
 
@@ -153,18 +171,33 @@ def test_checks_decide_as_ifeval(monkeypatch):
     monkeypatch.setattr(
         instructions_util.nltk, "word_tokenize", lambda text: word_tokenize(text, preserve_line=True)
     )
-    texts, both = sample_texts(), set()
+    texts, both, stricter = sample_texts(), set(), set()
     for constraint, name, arguments in ifeval_cases():
         oracle = INSTRUCTION_DICT[name](name)
         oracle.build_description(**arguments)
+        kind, may_be_stricter = constraint["type"], is_stricter(constraint)
         for text in texts:
-            ours = checks.constraint_results(text, [constraint])[0]
-            assert ours == bool(oracle.check_following(text)), (constraint, text)
-            both.add((constraint["type"], ours))
+            ours, theirs = (
+                checks.constraint_results(text, [constraint])[0],
+                bool(oracle.check_following(text)),
+            )
+            assert ours == theirs or (may_be_stricter and theirs), (constraint, text)
+            both.add((kind, ours))
+            stricter |= {kind} if ours != theirs else set()
     types = {constraint["type"] for constraint, _, _ in ifeval_cases()}
-    assert len(types) >= 14 and both == {
-        (t, ok) for t in types for ok in (True, False)
-    }  # each was seen to pass and fail
+    # each was seen to pass and fail, and each line of the table to make a difference
+    assert len(types) >= 14 and both == {(t, ok) for t in types for ok in (True, False)}
+    assert stricter == {constraint["type"] for constraint, _, _ in ifeval_cases() if is_stricter(constraint)}
+
+
+def is_stricter(constraint):
+    """Where an answer that IFEval lets pass may fail here: the table at the head of data/constraints.py."""
+    if constraint["type"] in ("capital_words", "letter_frequency"):
+        return (
+            constraint["relation"]
+            == {"capital_words": "at least", "letter_frequency": "less than"}[constraint["type"]]
+        )
+    return constraint["type"] in ("keywords", "forbidden") or bool({"keys", "first"} & set(constraint))
 
 
 @pytest.mark.parametrize(
@@ -240,7 +273,7 @@ def test_wrong_constraints_are_named(constraint, word):
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- hacks
+# ------------------------------------------------------------------------------------------------------ hacks
 
 HACKS = [  # each meets the letter of its constraint
     (
@@ -331,12 +364,13 @@ HACKS = [  # each meets the letter of its constraint
             "[bees] [bees] [bees] [bees]",
         ],
     ),
-    (
-        {"type": "capital_words", "relation": "at least", "n": 3},
-        ["A A A", "B C D bees fly", "BEES BEES BEES BEES", ASK.upper()],
-    ),
+    ({"type": "capital_words", "relation": "at least", "n": 3}, ["BEES BEES BEES BEES", ASK.upper()]),
     ({"type": "items", "n": 1, "allowed": ["bees"]}, ["bees"]),
     ({"type": "order", "direction": "ascending"}, ["bees bees bees bees", "a a a a"]),
+    (
+        {"type": "short", "most": 9, "sentences": 2},
+        ["", "bees", "bees bees bees bees", ASK, "Bees buzz. Bees."],
+    ),
     ({"type": "separator", "text": ","}, ["bees , bees , bees , bees", "a , b , c , d"]),
 ]
 
@@ -350,6 +384,158 @@ def test_a_hack_earns_nothing(constraint, answers):
 
 def test_hacks_cover_every_check():
     assert {c["type"] for c, _ in HACKS} == set(checks.CHECKS)
+
+
+ABOUT = next(topic["about"] for topic in tasks.TOPICS if topic["topic"] == "bees")
+
+
+@pytest.mark.parametrize(
+    "constraint, hacks, honest",
+    [
+        (
+            {"type": "json", "keys": ["topic", "fact"]},
+            [f'"{GOOD}"', f'{{"a": "{GOOD}"}}', f'["{GOOD}"]', f'{{"topic": "", "fact": "{GOOD}"}}'],
+            f'{{"topic": "bees", "fact": "{GOOD}"}}',
+        ),
+        (
+            {"type": "keywords", "words": ["nectar", "honey"]},
+            ["Bees turn sweet nectar into xhoneyz.", "Bees turn xnectar in hives into honey."],
+            "Bees turn sweet nectars into honey.",
+        ),
+        (
+            {"type": "forbidden", "words": ["honey"]},
+            [
+                f"Bees turn sweet nectar into {word}."
+                for word in (
+                    "honeys",
+                    "honey_",
+                    "_honey",
+                    "hóney",
+                    "ho-ney",
+                    "ho\u200bney",
+                    "honey's taste",
+                    "honey2",
+                )
+            ],
+            "Bees turn sweet nectar into wax.",
+        ),
+        ({"type": "title", "first": True}, [f"{GOOD} <<Bees>>", f"{GOOD}\n<<Bees>>"], f"<<Bees>>\n{GOOD}"),
+        (
+            {"type": "placeholders", "n": 1, "first": True},
+            [f"{GOOD} Bye [name]!"],
+            f"Hello dear [name]! {GOOD}",
+        ),
+        (
+            {"type": "short", "most": 30, "sentences": 1},
+            [
+                f"{GOOD} They fly far. They dance a lot. They sting.",
+                f"{GOOD}\nThey fly far",
+                " ".join(["Bees turn nectar of many bright flowers into honey"] * 4),
+            ],
+            GOOD,
+        ),
+        (
+            {"type": "capital_words", "relation": "at least", "n": 2},
+            ["I think A bee turns sweet nectar into honey."],
+            "BEES turn sweet NECTAR into honey.",
+        ),
+        (
+            {"type": "letter_frequency", "letter": "e", "relation": "less than", "n": 2},
+            ["Bees turn nectar into sweet honey.", "Bés turn néctar into honéy."],
+            "A hive of bugs is full of wax from this busy wing.",
+        ),
+    ],
+)
+def test_the_letter_of_a_constraint_is_not_its_meaning(constraint, hacks, honest):
+    """Each of these once earned what an honest answer earns: JSON without the keys that were asked for, a
+    word hidden in another, a forbidden one with an ending, a title at the end, four sentences for one, "I"
+    and "A" in capitals."""
+    for text in hacks:
+        assert checks.constraint_results(text, [constraint]) == [False], text
+    assert checks.constraint_results(honest, [constraint]) == [True]
+
+
+def test_an_answer_says_something_of_its_topic():
+    """One text for every topic, with the topic's name put in, once earned 1.0 on 99 % of the prompts."""
+    for text in (
+        "I like bees very much.",
+        "Bees are very important to many people in the world.",
+        "I think that bees and the water of a day in the park are good for people.",
+        "<<Bees and Honey>> This is a thing that many people like.",
+        "Bees and plane egg sun planet vegetable mammal bones grow by a nectar.",
+        "<<Bees>> Hello [name]! I like them.",
+    ):
+        assert checks.hack(ASK, text, 4, (), ABOUT) == "off-topic", text
+    keywords = [{"type": "keywords", "words": ["nectar", "flowers"]}]  # the prompt's own words prove nothing
+    assert (
+        checks.hack(ASK, "I like bees and nectar and flowers very much.", 4, keywords, ABOUT) == "off-topic"
+    )
+    assert checks.hack(ASK, "Bees like nectar and the queen and flowers.", 4, keywords, ABOUT) is None
+    for text in (
+        "The of bees and nectar in a hive.",
+        "Bees and honey of and nectar in hive.",
+        "Bees collect nectar from.",
+    ):
+        assert checks.hack(ASK, text, 4, (), ABOUT) == "salad", text
+    assert checks.hack(ASK, "Bees turn nectar into h\u043eney.", 4, (), ABOUT) == "disguised"  # a Cyrillic o
+    for text in (GOOD, "A bee is an insect with wings.", "Bees are vital because they pollinate our crops."):
+        assert checks.hack(ASK, text, 4, (), ABOUT) is None, text
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_constant_answers_earn_next_to_nothing(split):
+    """ "I like {topic} very much." earned 0.32 of the chat tasks, and an answer in all forms at once 0.47."""
+    records = chat_tasks(split, 1000, seed=1)
+    best = floor.no_skill_floor(records, reward.verifier)
+    assert 0 < best.mean < 0.03 and best.mean == sum(best.rewards) / 1000
+    columns = {key: [r[key] for r in records] for key in ("constraints", "min_words", "about")}
+    prompts = [r["prompt"] for r in records]
+    for texts in floor.constant_templates(records).values():
+        assert sum(reward.verifier(prompts, texts, **columns)) / 1000 <= best.mean
+    paid = reward.verifier(prompts, [r["chosen"] for r in records], **columns)
+    assert 0.7 < sum(paid) / 1000 < 0.85
+
+
+def test_no_text_is_on_topic_for_more_than_a_fifth_of_the_topics():
+    """A word weighs 1 for all topics together, so the weights alone set the bound: here against the greediest
+    text."""
+    chosen, most = [], 0
+    candidates = sorted({w for topic in tasks.TOPICS for w in topic["about"]["words"]})[::7]
+    for _ in range(8):
+        counts = {}
+        for word in candidates:
+            text = " ".join([*chosen, word])
+            abouts = [topic["about"] for topic in tasks.TOPICS]
+            counts[word] = sum(on_topic(f"{about['names'][0]} {text}", about) for about in abouts)
+        chosen.append(max(counts, key=counts.get))
+        most = max(most, *counts.values())
+    assert 5 < most <= 12 == len(tasks.TOPICS) / 5
+
+
+def test_the_floor_of_other_records():
+    tiny = floor.no_skill_floor(tiny_tasks("heldout", 500), reward.verifier)
+    assert tiny.template.startswith("{") and 0 < tiny.mean < 0.06
+    chats = [
+        {"prompt": [{"role": "user", "content": ASK}], "constraints": [], "about": ["bee"]},
+        {"prompt": "Why?"},
+    ]
+    answers = floor.constant_templates(chats)
+    assert answers["I like {topic} very much."] == ["I like bees very much.", "I like it very much."]
+    assert "{2 items}" not in answers  # there are none to name
+    best = floor.no_skill_floor(
+        chats, lambda prompts, completions, **columns: [len(text) for text in completions]
+    )
+    assert best.rewards == [float(len(text)) for text in answers[best.template]]
+    with pytest.raises(ValueError, match="no records"):
+        floor.no_skill_floor([], reward.verifier)
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [("bees", "bee"), ("berries", "berry"), ("leaves", "leaf"), ("baking", "bakes"), ("runs", "running")],
+)
+def test_stems(one, other):
+    assert stem(one) == stem(other)
 
 
 def test_hack_names_its_reason():
@@ -388,13 +574,13 @@ def test_answers_meet_what_they_are_meant_to_meet():
     rng = random.Random(0)
     for kinds in [[kind] for kind in tasks.PHRASES] + [list(pair) for pair in tasks.PAIRS]:
         for topic in rng.sample(tasks.TOPICS, 12):
-            constraints = [tasks.make_constraint(rng, kind, topic["sentences"])[0] for kind in kinds]
+            constraints = [tasks.make_constraint(rng, kind, topic)[0] for kind in kinds]
             met = [rng.random() < 0.6 for _ in kinds]
             text = tasks.answer(rng, topic, kinds, constraints, met)
             assert checks.constraint_results(text, constraints) == met, (kinds, text)
 
 
-# ------------------------------------------------------------------------------------------- user functions and metrics
+# --------------------------------------------------------------------------------- user functions and metrics
 
 
 def bad_raise(prompts, completions, **columns):

@@ -377,7 +377,7 @@ def test_verdicts_by_hand(monkeypatch):
     rows = {(1, 2): 1.0, (-1, -2): -1.0, (3, -3): 0.0, (-3, 3): 0.0, (0, 2): 0.0, (0, 0): 0.0}
     assert [reward_model.verdict(torch.tensor(row)) for row in rows] == list(rows.values())
     judge = object.__new__(reward_model.Judge)
-    judge.log_odds = lambda prompts, answers, references: (torch.tensor([[1.0, 1.0]] * len(prompts)), 1.0)
+    judge.log_odds = lambda prompts, answers, experts: (torch.tensor([[1.0, 1.0]] * len(prompts)), 1.0)
     assert judge(["q"] * 3, ["a", "y", "cut"], chosen=["y"] * 3, truncated=[False, False, True]) == [
         1.0,
         0.0,
@@ -548,7 +548,7 @@ def test_a_policy_trains_with_it_and_a_run_is_scored_again(trained, prefix, tmp_
     samples = read_jsonl(tmp_path / "run" / "samples.jsonl")
     if prefix:
         assert {s["reward"] for s in samples} <= {-1.0, 0.0, 1.0} and {
-            s["reference_reward"] for s in samples
+            s["expert_reward"] for s in samples
         } == {0.0}
         return
     capsys.readouterr()
@@ -559,9 +559,10 @@ def test_a_policy_trains_with_it_and_a_run_is_scored_again(trained, prefix, tmp_
         == 0
     )
     own, other = capsys.readouterr().out.split("by " + str(trained[0]))
-    assert own.splitlines()[-3:] == [
-        line for line in other.splitlines() if line.startswith("  ")
-    ]  # the same model: no gap
+    lines = []
+    for part in (own, other):
+        lines.append([line for line in part.splitlines() if line[:2] == "  " and "careful: " not in line])
+    assert len(lines[0]) == 4 and lines[0] == lines[1]  # the same model: no gap
 
 
 def test_judge_as_a_command_and_as_a_reward(chat_dir, tmp_path, capsys):

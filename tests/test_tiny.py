@@ -1,7 +1,7 @@
-"""What training on the tiny tasks and the tiny model relies on. Nothing is sampled here: how well the model follows
-instructions is said, as measured, in data/make_tiny.py.
+"""What training on the tiny tasks and the tiny model relies on. Nothing is sampled here: how well the model
+follows instructions is said, as measured, in data/make_tiny.py.
 
-    python -m pytest tests/test_tiny.py      # about half a minute; most of it is the recipe, run twice for three steps
+    python -m pytest tests/test_tiny.py      # half a minute, most of it the recipe, run twice for three steps
 """
 
 import json
@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from data.constraints import constraint_results
-from data.make_tiny import END_OF_TEXT, END_OF_TURN, make_tiny, noisy_answer
-from data.tiny_tasks import answer, tiny_tasks
+from data.make_tiny import END_OF_TEXT, END_OF_TURN, corpus_records, make_tiny, noisy_answer
+from data.tiny_tasks import MOST, VERBS, answer, tiny_tasks
 from reward import verifier
 
 TINY = Path(__file__).parent.parent / "data" / "tiny"
@@ -30,10 +30,23 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(TINY)
 
 
-def test_splits_share_no_prompt_whatever_the_seed():
-    train = {r["prompt"] for seed in range(4) for r in tiny_tasks("train", 4000, seed)}
-    heldout = {r["prompt"] for seed in range(4) for r in tiny_tasks("heldout", 4000, seed)}
-    assert not train & heldout
+def test_splits_share_no_combination_whatever_the_verb_and_the_seed():
+    """98.6 % of the held-out prompts once asked for what a training prompt asked for, with another verb."""
+    asked = {}
+    for split in ("train", "heldout"):
+        asked[split] = set()
+        for seed in range(4):
+            for r in tiny_tasks(split, 4000, seed):
+                verb, combination = r["prompt"].split(" ", 1)
+                assert verb in VERBS
+                asked[split] |= {combination, json.dumps(r["constraints"])}
+    assert len(asked["heldout"]) > 4000 and not asked["train"] & asked["heldout"]
+
+
+def test_the_model_never_saw_a_held_out_combination():
+    seen = {json.dumps(r["constraints"]) for r in corpus_records()}
+    heldout = tiny_tasks("heldout", MOST["heldout"])
+    assert len(seen) > 5000 and not any(json.dumps(r["constraints"]) in seen for r in heldout)
 
 
 def test_the_seed_alone_decides_and_a_smaller_n_is_a_prefix():
@@ -41,17 +54,15 @@ def test_the_seed_alone_decides_and_a_smaller_n_is_a_prefix():
     assert tiny_tasks("train", 200, seed=1) != tiny_tasks("train", 200, seed=2)
     # Pinned: Python's hash() or a set's order would change from one process to the next.
     assert (
-        tiny_tasks("heldout", 1)[0]["prompt"] == "write 5 trees , without oak , with commas , start with ok"
+        tiny_tasks("heldout", 1)[0]["prompt"]
+        == "name 2 trees , without ash , in alphabetical order , in upper case"
     )
 
 
 def test_prompts_are_distinct_until_the_pool_is_empty():
-    with pytest.raises(ValueError, match="distinct prompts") as error:
-        tiny_tasks("heldout", 10**6)
-    size = int(str(error.value).split(" has ")[1].split()[0])
-    assert size > 5000
-    assert len({r["prompt"] for r in tiny_tasks("heldout", size)}) == size
-    for wrong in (("test", 1), ("train", -1)):
+    for split, most in MOST.items():
+        assert len({r["prompt"] for r in tiny_tasks(split, most)}) == most > 10_000
+    for wrong in (("test", 1), ("train", -1), ("heldout", MOST["heldout"] + 1)):
         with pytest.raises(ValueError):
             tiny_tasks(*wrong)
 
@@ -61,14 +72,14 @@ def test_references_are_good_but_not_perfect_and_rejected_ones_are_worse(records
         key: [constraint_results(r[key], r["constraints"]) for r in records] for key in ("chosen", "rejected")
     }
     share = {key: sum(map(sum, rows)) / sum(map(len, rows)) for key, rows in met.items()}
-    assert 0.75 < share["chosen"] < 0.85
-    assert 0.30 < share["rejected"] < 0.50
+    assert 0.77 < share["chosen"] < 0.81  # as the docstring of data/tiny_tasks.py says
+    assert 0.31 < share["rejected"] < 0.36
     assert all(sum(good) > sum(bad) for good, bad in zip(met["chosen"], met["rejected"]))
 
 
 def test_an_answer_meets_exactly_what_it_follows(records):
-    """The verifier and the generator are written apart: each constraint alone broken, the others hold, and only a full
-    answer is paid."""
+    """The verifier and the generator are written apart: each constraint alone broken, the others hold, and
+    only a full answer is paid."""
     rng = random.Random(0)
     for r in records[:1000]:
         everything = [True] * len(r["constraints"])

@@ -17,9 +17,10 @@ import minigrao
 import train
 from data import UserError
 from engine.command_line import parse
-from engine.measures import report, summary
+from engine.measures import summary
 from engine.metrics import METRICS
 from engine.record import RunFolder, read_jsonl
+from engine.report import report
 from engine.settings import check_settings
 from minigrao import GRAO
 
@@ -79,10 +80,12 @@ def test_script_trains_shows_and_saves(finished):
     assert process.returncode == 0, process.stderr
     for words in (
         "mean reward [95 % interval]",
+        "careful: 8 held-out prompts are fewer than 30",
+        "no-skill floor",
         "RAS win / tie / loss",
         "NAG",
         "To try next",
-        "reference  ",
+        "expert     ",
         "before  ",
         "after  ",
         str(out),
@@ -101,6 +104,7 @@ def test_script_trains_shows_and_saves(finished):
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
     assert set().union(*lines) <= set(METRICS) | set(GRAO.metrics)  # nothing is logged that is not defined
     assert lines[1]["kl/k1"] == lines[1]["kl/k3"] == 0  # before the first step the policy is the reference
+    assert process.stdout.count("Held-out reward ") == 1
     config = json.loads((out / "config.json").read_text())
     assert (
         config["settings"]["steps"] == 4
@@ -110,10 +114,19 @@ def test_script_trains_shows_and_saves(finished):
     samples = read_jsonl(out / "samples.jsonl")
     assert [s["step"] for s in samples] == [0] * 8 + [4] * 8 and {
         "prompt",
-        "reference",
+        "expert",
         "completion",
         "reward",
     } <= set(samples[0])
+    # eight prompts have no interval, in no file; and both evaluations stand beside the same constant answers
+    assert not {"eval/low", "eval/high"} & set().union(*lines)
+    assert [s["floor"] for s in samples[:8]] == [s["floor"] for s in samples[8:]]
+    assert all(s["floor_reward"] in (0, 1) for s in samples)
+
+
+def test_another_reward_has_no_floor_that_would_be_guessed():
+    t = trainer(reward_fn=lambda prompts, completions, **columns: [0.5] * len(prompts))
+    assert train.with_floor(t, [{"reward": 0.5}] * len(t.held_out)) == [{"reward": 0.5}] * len(t.held_out)
 
 
 def test_resume_is_the_run_that_never_stopped(finished, tmp_path, capsys):
@@ -192,13 +205,13 @@ def test_records_left_out_for_their_length_are_replaced(tmp_path):
     t = trainer(
         "--data",
         tmp_path / "data.jsonl",
-        "--max-reference-tokens",
+        "--max-expert-tokens",
         10,
         "--steps",
         2,
         reward_fn=lambda prompts, **columns: [0.0] * len(prompts),
     )
-    assert len(t.records) == 6 and all(len(r["reference_ids"]) <= 10 for r in t.records + t.held_out)
+    assert len(t.records) == 6 and all(len(r["expert_ids"]) <= 10 for r in t.records + t.held_out)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +222,10 @@ def test_learning_rate_schedule(kind, values):
 
 
 def test_report_by_hand():
-    one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False}
-    before = [one | {"reward": r, "reference_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
-    after = [one | {"reward": r, "reference_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
+    one = {"prompt": "p", "expert": "r", "completion": "c", "tokens": 2, "truncated": False}
+    before = [one | {"reward": r, "expert_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
+    one["completion"] = "d"  # the same text would be a tie, whatever it earned
+    after = [one | {"reward": r, "expert_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
     assert summary(after)["reward"] == 0.75 and summary(after)["ras"] == {
         "win": 0.25,
         "tie": 0.25,
@@ -371,7 +385,7 @@ def test_log_line_that_does_not_fit_leaves_no_half(tmp_path, monkeypatch):
 def test_from_adapter_starts_where_the_other_run_ended(finished):
     out, _ = finished
     t = trainer("--from-adapter", out / "adapter")
-    prompts, answers = [t.records[0]["prompt_ids"]], [[t.records[0]["reference_ids"]]]
+    prompts, answers = [t.records[0]["prompt_ids"]], [[t.records[0]["expert_ids"]]]
     with torch.no_grad():
         policy, reference = (
             t.policy.token_logps(prompts, answers, role=role).logps for role in ("policy", "reference")

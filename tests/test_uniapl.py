@@ -264,7 +264,7 @@ def test_the_step_is_the_gradient_of_uniapl_loss(variant):
     batch, (D, _) = seen["batch"], seen["D"]
     scored, expert = (
         t.policy.token_logps(batch.prompts, batch.completions),
-        t.policy.token_logps(batch.prompts, [[y] for y in batch.references]),
+        t.policy.token_logps(batch.prompts, [[y] for y in batch.experts]),
     )
     J = scored.logps.sum(-1) / scored.mask.sum(-1)  # (B, G)
 
