@@ -2,12 +2,12 @@
 and how to get more expert answers.
 
     python uniapl.py discriminator --model tiny --out runs/polar     # train one, test it on held-out prompts
-    python uniapl.py --discriminator runs/polar                      # or polar (default), embedding, cotrained
+    python uniapl.py --discriminator runs/polar                      # or polar, embedding, cotrained
     python uniapl.py teach --model DIR-OR-HUB-NAME --out FILE.jsonl  # expert answers from a larger model
 
-polar      A scalar read after `q y <eos> q o <eos>`, by a LoRA adapter and head of its own on the shared frozen
-           backbone; fixed during a run, made at its start. From POLAR (arXiv 2507.05197).
-embedding  Cosine between the mean final hidden states of o and of y, on the backbone alone. Nothing is trained.
+polar      A scalar read after `q y <eos> q o <eos>`, by a LoRA adapter and head of its own on the shared
+           frozen backbone; fixed during a run, made at its start. From POLAR (arXiv 2507.05197). The default.
+embedding  Cosine between the mean final hidden states of o and of y, on the backbone alone. Never trained.
 cotrained  D(q, o), trained at each step against the policy's own samples, as GAD does (arXiv 2511.10643).
 
 Deviations. 2509.25148 uses "a modified POLAR" that is not published, so this is our reading of POLAR: no
@@ -18,6 +18,7 @@ y here is the expert answer that D compares with, which POLAR calls the referenc
 the reference, is only ever the backbone here.
 """
 
+import json
 import random
 import sys
 import time
@@ -34,6 +35,7 @@ from torch import Tensor
 from data import UserError, load_records
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
+from engine.bradley_terry import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 from engine.command_line import parse
 from engine.folders import holds, reserve, to_json, whole_directory, write_whole
 from engine.measures import accuracy, bootstrap_interval, right
@@ -42,7 +44,6 @@ from engine.scoring import Pack
 from engine.settings import DiscriminatorConfig, TeachConfig, check_settings
 from policy import Policy
 from reward import checked_rewards, verifier
-from reward_model import bradley_terry_loss, fit_scorer, group_scores, micro_batches
 
 ROLE, ABOUT = "discriminator", "discriminator.json"
 # Samples of the policy to choose one of like length from: otherwise length is the first thing that polar
@@ -75,7 +76,7 @@ def condition(prompt: list, expert: list) -> list:
     """What polar reads before a candidate: the prompt, the expert's answer with its EOS, and the prompt
     again.
     """
-    return prompt + expert + prompt
+    return prompt + expert + prompt  # the candidate follows, and its EOS is where the score is read
 
 
 @torch.no_grad()
@@ -83,6 +84,7 @@ def embedding_scores(
     policy: Policy, prompts: list, experts: list, candidates: list, most: int = 4096
 ) -> list:
     """Cosine of mean hidden states, candidate against expert, in [-1, 1] -> list of lists of floats."""
+    # micro_batches orders prompts by length, so scores are put back by index.
     found = [None] * len(prompts)
     groups = [[*group, y] for group, y in zip(candidates, experts)]  # y as one more completion of its prompt
     for part in micro_batches(prompts, groups, most):
@@ -130,6 +132,7 @@ def judge_fixed(trainer, name: str, batch) -> list:
     """Scores of the samples, and behind them that of a *second* expert answer: y beside itself would say
     nothing.
     """
+    # Never y itself: polar was never shown a copy, embedding would always say 1.
     c, policy, groups = trainer.config, trainer.policy, []
     for record, samples in zip(batch.records, batch.completions):
         second = another_expert(record, c)
@@ -140,10 +143,12 @@ def judge_fixed(trainer, name: str, batch) -> list:
 def cotrain(trainer, batch) -> tuple[list, dict]:
     """Scores of the samples and of y, and the gradient of GAD's loss (2511.10643) in D's own parameters:
 
-        L_D = -E[ log σ( D(q, y) - D(q, o) ) ]      Bradley-Terry over pairs of y with each sample of its prompt
+        L_D = -E[ log σ( D(q, y) - D(q, o) ) ]      Bradley-Terry, y against each sample of its prompt
 
     The policy learns from the scores as they were before this update.
     """
+    # Why in every step: in GAD a D that stood still was exploited after some hundred
+    # steps, answers growing longer meanwhile. Watch score/accuracy and length/mean.
     c, policy, G = trainer.config, trainer.policy, trainer.config.group_size
     groups = [[*samples, y] for samples, y in zip(batch.completions, batch.experts)]
     found, total = [None] * len(groups), 0.0
@@ -196,23 +201,26 @@ def another_expert(record: dict, config) -> str | None:
 def expert_pairs(policy: Policy, records: list, config, seed: int, draws: int = 1) -> list:
     """[(q y q, other expert answer, sample of the policy)] as ids, for fit_scorer.
 
-    Records without a second expert answer, or whose text passes the model's context, are left out and counted
-    on stderr. draws: samples to take the one from that is nearest in length to the expert's. UserError if
-    nothing is left.
+    draws: samples of each prompt to choose the third from. UserError if there is no pair, see two_experts.
     """
     asked = two_experts(policy, records, config, random.Random(seed))
+    # b of the loss above: the same prompts, answered by the policy that training starts from. Of `draws`
+    # samples the one nearest in length to the expert's answer, so that there is more to see than its length.
     prompts = [q for q, _, _ in asked]
     rollout = policy.generate(prompts, draws, config.max_new_tokens, config.temperature, seed)
     pairs = []
     for (q, y, other), samples in zip(asked, rollout.completions):
         sample = min(samples, key=lambda ids: abs(len(ids) - len(other)))
-        if sample != other:
+        if sample != other:  # a policy that says word for word what the expert says is no negative
             pairs.append((condition(q, y), other, sample))
     return pairs
 
 
 def two_experts(policy: Policy, records: list, config, rng: random.Random) -> list:
-    """[(q, y, another expert answer)] as ids, of the records that have both and fit into the context."""
+    """[(q, y, another expert answer)] as ids, of the records that have both and fit into the context.
+
+    The others are counted on stderr. UserError if none is left.
+    """
     found, left = [], Counter()
     for record in records:
         second = another_expert(record, config)
@@ -234,8 +242,9 @@ def two_experts(policy: Policy, records: list, config, rng: random.Random) -> li
         print(f"discriminator: left out {said}", file=sys.stderr)
     if not found:
         raise UserError(
-            f"data {config.data}: no record has a second expert answer (column 'experts', see python uniapl.py "
-            "teach) for --discriminator polar to learn from; choose --discriminator embedding or cotrained"
+            f"data {config.data}: no record has a second expert answer (column 'experts', see python "
+            "uniapl.py teach) for --discriminator polar to learn from; choose --discriminator embedding "
+            "or cotrained"
         )
     return found
 
@@ -253,6 +262,8 @@ def train_polar(
     # trains on.
     records = load_records(config.data, "train", pairs, seed=config.seed + 1, level=level)
     known = expert_pairs(policy, records, config, config.seed * 7919 + 1, MATCHED)
+    # A tenth decides when to stop, and is told to nobody else: the accuracy printed for a run is of these
+    # pairs, and flatters. The command below tests on held-out prompts instead.
     cut = max(1, len(known) // 10)
     settings = dict(lr=lr, epochs=epochs, seed=config.seed, max_tokens_per_pass=config.micro_batch_tokens)
     history = fit_scorer(policy, ROLE, known[cut:], known[:cut], log=log, **settings)
@@ -266,13 +277,14 @@ def train_polar(
 def make_polar(policy: Policy, c) -> dict:
     """The run's polar discriminator, fixed -> its parameters by name, for the checkpoint.
 
-    Trained now for --discriminator polar, unless the checkpoint of a resumed run is about to fill it; else
-    loaded from the directory that --discriminator names, which the checkpoint need not hold.
+    Empty where --discriminator names a directory, from which it is read again in a resumed run.
     """
     if c.discriminator != "polar":
         load(policy, c.discriminator)
         return {}
     if c.resume:
+        # The checkpoint fills it. Trained again on another machine it would round otherwise, and the run that
+        # goes on would not be the run that was stopped.
         policy.add_role(ROLE)
     else:
         train_at_start(policy, c)
@@ -280,9 +292,7 @@ def make_polar(policy: Policy, c) -> dict:
 
 
 def train_at_start(policy: Policy, c):
-    """A polar discriminator for a run with the settings `c`, and a line on how well it tells the expert from
-    the policy.
-    """
+    """Train polar for a run with the settings `c`, and print how well it tells the expert from the policy."""
     start = time.perf_counter()
     settings = dict(pairs=c.discriminator_pairs, epochs=c.discriminator_epochs, lr=c.discriminator_lr)
     known, history = train_polar(policy, c, **settings)
@@ -292,9 +302,8 @@ def train_at_start(policy: Policy, c):
 
 
 def check_context(policy: Policy, records: list, c):
-    """UserError if a record's prompt, expert answer, prompt and sample do not fit into the model's context
-    together.
-    """
+    """UserError if a record's prompt, expert answer, prompt and sample together pass the context."""
+    # Checked before training, because a step that meets such a record would end the run.
     for r in records:
         second = another_expert(r, c)
         answer = max(c.max_new_tokens, len(policy.encode_answer(second)) if second else 0)
@@ -309,6 +318,7 @@ def check_context(policy: Policy, records: list, c):
 
 def freeze(policy: Policy) -> dict:
     """The discriminator's parameters by name, head included, no longer trained."""
+    # Without gradient, and so without AdamW's moments: a fixed D costs its weights and nothing more.
     params = policy.trainable(ROLE)
     params |= {f"{ROLE}_head.{name}": p for name, p in policy.heads[ROLE].named_parameters()}
     for p in params.values():
@@ -341,11 +351,14 @@ def measure(policy: Policy, known: list, unseen: list, most: int) -> list:
     -> [(name, pairs, share, low, high)]; ties count half; intervals are 95 % bootstrap intervals over
     prompts.
     """
+    # Each pair is one group of two under its condition q y q, so both are read in one pass.
     D = group_scores(policy, ROLE, [p[0] for p in unseen], [[p[1], p[2]] for p in unseen], most)
+    # A tie is half right, so that a D that says the same of everything gets 0.5 and not 0 or 1.
     correct = right([expert for expert, _ in D], [sample for _, sample in D])
     gap = np.array([len(p[1]) - len(p[2]) for p in unseen])  # tokens, expert - policy
     # The floor, "length alone": prefer the longer answer or the shorter one, whichever was right more often
     # on the `known` pairs. A discriminator that is no better has learnt to count.
+    # +1: longer is better; 0 differences and ties of the count go to the longer one.
     direction = 1 if sum(np.sign(len(p[1]) - len(p[2])) for p in known) >= 0 else -1
     by_length = 0.5 + 0.5 * np.sign(gap) * direction
     rows = [
@@ -355,6 +368,8 @@ def measure(policy: Policy, known: list, unseen: list, most: int) -> list:
         ("expert longer", correct[gap > 0]),
     ]
     rows.append((f"length alone: the {'longer' if direction > 0 else 'shorter'} one", by_length))
+    # The shares by length are each of other pairs: a D that counts tokens is right on one side and wrong on
+    # the other.
     return [(name, len(x), float(x.mean()), *bootstrap_interval(x)) for name, x in rows if len(x)]
 
 
@@ -363,8 +378,7 @@ def train_command(argv: list) -> str:
     c = check_settings(DiscriminatorConfig(**parse(DiscriminatorConfig, argv, __doc__)))
     if c.out is None:
         raise UserError("discriminator: --out DIR is needed, the directory to write")
-    ways = {"kind": "discriminator", "remedies": ["--overwrite it"]}
-    with reserve(c.out, ours=is_discriminator, overwrite=c.overwrite, **ways):
+    with reserve(c.out, "discriminator", is_discriminator, c.overwrite, remedies=["--overwrite it"]):
         return train_and_test(c)
 
 
@@ -373,6 +387,7 @@ def is_discriminator(path: Path) -> bool:
 
 
 def train_and_test(c: DiscriminatorConfig) -> str:
+    # The policy to tell from the expert: the base, or the adapter that the run will start from.
     checkpointing = c.gradient_checkpointing == "on"
     options = dict(lora_rank=c.lora_rank, lora_alpha=c.lora_alpha, gradient_checkpointing=checkpointing)
     policy = load_policy(c, adapter=c.from_adapter, dtype=c.dtype, **options)
@@ -380,6 +395,7 @@ def train_and_test(c: DiscriminatorConfig) -> str:
     records = load_records(c.data, "heldout", c.test_pairs, seed=0, level=level)
     unseen = expert_pairs(policy, records, c, seed=2**31 + c.seed)
     start = time.perf_counter()
+    # The test's samples are drawn before D exists, by the policy that D is to tell from the expert.
     known, history = train_polar(policy, c, pairs=c.pairs, epochs=c.epochs, lr=c.lr, log=print_progress)
     rows = measure(policy, known, unseen, c.micro_batch_tokens)
     print_test(rows, len(known), time.perf_counter() - start)
@@ -391,7 +407,7 @@ def train_and_test(c: DiscriminatorConfig) -> str:
     }
     with whole_directory(c.out) as tmp:
         policy.save_role(ROLE, tmp)
-        write_whole(tmp / ABOUT, to_json(about, indent=1) + "\n")
+        write_whole(tmp / ABOUT, json.dumps(about, indent=1) + "\n")
     print(f"It is in {c.out}: python uniapl.py --discriminator {c.out}")
     return c.out
 
@@ -437,7 +453,7 @@ def teach(
         rollout = policy.generate(prompts, samples, max_new_tokens, temperature, seed + begin)
         for record, group, cut in zip(part, rollout.completions, rollout.truncated):
             passed = passing(record, [policy.decode(ids) for ids in group], cut)
-            answers = list(dict.fromkeys(passed))  # each once, in order
+            answers = list(dict.fromkeys(passed))  # each once, in order: polar wants different ones
             counts.update(prompts=1, samples=samples, cut=sum(cut), passed=len(passed), distinct=len(answers))
             if answers:
                 # `rejected` goes, too: it belonged to another answer.
@@ -451,6 +467,8 @@ def teach(
 
 def passing(record: dict, texts: list, cut: list) -> list:
     """The answers to one prompt that the verifier pays, whole and not empty."""
+    # The verifier takes a column entry for each answer; an answer cut at the length limit fails whatever it
+    # says.
     columns = {name: [value] * len(texts) for name, value in record.items() if name != "prompt"}
     rewards = checked_rewards(verifier, [record["prompt"]] * len(texts), texts, columns | {"truncated": cut})
     found = []
@@ -478,14 +496,16 @@ def ask_teacher(c: TeachConfig) -> list:
     records = load_records(c.data, "train", c.prompts, seed=c.seed, level=level)
     if not all("constraints" in r for r in records):
         raise UserError(f"data {c.data}: has no 'constraints' for the verifier to check")
+    # No reference is needed: nothing is trained, so the backbone stands in for it.
     policy = load_policy(c, adapter=c.adapter, reference="base")
     kept, n = teach(policy, records, c.samples, c.max_new_tokens, c.temperature, c.seed)
     print(
-        f"{n['samples']} answers to {n['prompts']} prompts: {n['cut']} cut at the length limit, {n['passed']} passed "
-        f"the verifier, {n['distinct']} of them different; {len(kept)} prompts kept"
+        f"{n['samples']} answers to {n['prompts']} prompts: {n['cut']} cut at the length limit, "
+        f"{n['passed']} passed the verifier, {n['distinct']} of them different; {len(kept)} prompts kept"
     )
     if not kept:
         raise UserError(
-            f"no answer of {c.model} passed, so there is nothing to write; take a larger model, or more --samples"
+            f"no answer of {c.model} passed, so there is nothing to write; take a larger model, or more "
+            "--samples"
         )
     return kept

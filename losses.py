@@ -106,8 +106,8 @@ def kl_estimate(logps: Tensor, ref_logps: Tensor, kind: str = "k3", ratio: Tenso
 
     All three are unbiased in value on-policy. Their gradients, in expectation and at a given prefix, are
     these:
-        k1        log(pi/ref)               0, since E[grad log pi] = 0: noise as a loss; it belongs in the reward,
-                                            as in token_rewards.
+        k1        log(pi/ref)               0, since E[grad log pi] = 0: noise as a loss; it belongs in the
+                                            reward, as in token_rewards.
         k3        ref/pi - 1 - log(ref/pi)  that of KL(ref || pi), the other direction. GRPO's own.
         k3_ratio  (pi/pi_old) * k3          that of KL(pi || ref): the ratio brings in the score function.
     None of them charges a token for the KL of what it leads to; a penalty in the reward does. k1 can be

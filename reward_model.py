@@ -1,190 +1,39 @@
-"""Models that score texts: the scalar head and its Bradley-Terry training, classifiers, the chat judge."""
+"""Models that score texts: a role with a scalar head, classifiers, the chat judge. How a role is trained is
+in engine/bradley_terry.py.
+"""
 
 import hashlib
 import json
 import math
 import os
 import sys
-import time
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 import transformers
 
 from data import UserError
 from data.messages import last_text, messages, shown_prompt
-from engine.measures import accuracy
-from engine.models import find_model, first_line, pick_device, pick_dtype, quiet, trim_memory
+from engine.bradley_terry import fit_scorer, group_scores, micro_batches
+from engine.command_line import Stop
+from engine.draw import draw_calibration
+from engine.folders import whole_directory, write_whole
+from engine.measures import measures
+from engine.models import find_model, first_line, pick_device, pick_dtype, quiet
+from engine.pairs import read_sets, split_sets
+from engine.record import environment
+from engine.report import report_pairs
+from engine.unfinished import read_metadata
 from policy import Policy
 
 
-def bradley_terry_loss(chosen, rejected, margin=None):
-    """-mean log sigmoid(chosen - rejected - margin): Bradley-Terry's negative log-likelihood -> scalar, nats.
-
-    chosen, rejected: (N,) scores of the better and the worse answer of each pair, with gradient; margin: None, a number, or (N,), how far
-    apart they should be (Llama 2, arXiv 2307.09288, eq. (2)). At least fp32; does not overflow. ValueError for other shapes, or no pair.
-    """
-    if (
-        chosen.shape != rejected.shape
-        or chosen.numel() == 0
-        or (torch.is_tensor(margin) and margin.shape not in ((), chosen.shape))
-    ):
-        raise ValueError(
-            f"chosen and rejected (N,) wanted, N > 0, and a margin of that shape; got {tuple(chosen.shape)}, {tuple(rejected.shape)}"
-        )
-    d = (chosen - rejected).to(torch.promote_types(chosen.dtype, torch.float32))
-    return -F.logsigmoid(d if margin is None else d - margin).mean()
-
-
-def micro_batches(prompts, groups, most):
-    """Groups (a prompt's ids with G answers' ids) of one size and like lengths -> lists of indices, each of at most `most` tokens or one group."""
-    tokens = [len(p) + sum(map(len, group)) for p, group in zip(prompts, groups, strict=True)]
-    batch = []
-    for i in sorted(range(len(groups)), key=lambda i: (len(groups[i]), tokens[i])):
-        if batch and (
-            len(groups[i]) != len(groups[batch[0]]) or sum(tokens[j] for j in batch) + tokens[i] > most
-        ):
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
-
-
-@torch.no_grad()
-def group_scores(policy, role, prompts, groups, most=4096):
-    """A role's scores of each prompt's answers -> list of lists of floats. prompts: lists of ids; groups: for each a list of answers' ids.
-
-    A prompt is computed once for all its answers; at most `most` tokens, or one group, at a time. UserError for a score that is not finite.
-    """
-    scores = [None] * len(groups)
-    for part in micro_batches(prompts, groups, most):
-        for i, row in zip(
-            part, policy.sequence_scores([prompts[i] for i in part], [groups[i] for i in part], role).tolist()
-        ):
-            scores[i] = row
-    if not all(math.isfinite(s) for row in scores for s in row):
-        raise UserError(
-            f"role {role}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
-        )
-    return scores
-
-
-def fit_scorer(
-    policy,
-    role,
-    pairs,
-    held_out,
-    *,
-    lr=1e-4,
-    epochs=1,
-    batch_size=16,
-    margin=0.0,
-    centre=0.0,
-    eval_every=0,
-    patience=0,
-    seed=0,
-    max_tokens_per_pass=4096,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    log=None,
-):
-    """Train a role of Policy.add_role (adapter and head) by Bradley-Terry, in place -> history, a list of dicts, one per evaluation.
-
-    pairs, held_out: lists of (prompt_ids, better_ids, worse_ids) or (..., margin); answers end with their EOS. A pair is one group of
-    two, its prompt computed once. margin: of pairs that name none. centre: weight of mean (chosen + rejected)^2, which keeps scores near
-    0 (Eisenstein et al., arXiv 2312.09244). The learning rate falls linearly to 0 after 5 % of warm-up. held_out is evaluated every
-    eval_every batches (0: eight times in all); after `patience` evaluations without a better one (0: never) training stops.
-    The role ends with the parameters of its best evaluation: of those whose accuracy is within one standard error of the highest so
-    far, the one of lowest loss (a few hundred pairs cannot tell their accuracies apart); without held_out pairs with the last ones.
-    The seed decides the order of the pairs; max_tokens_per_pass bounds memory and does not change the gradient.
-    log(line) is called with every line of the history. UserError for no pair or a loss that is not finite.
-    """
-    if not pairs:
-        raise UserError(f"role {role}: no pair to learn from")
-    params = policy.trainable(role) | {
-        f"{role}_head.{n}": p for n, p in policy.heads[role].named_parameters()
-    }
-    optimizer = torch.optim.AdamW(params.values(), lr=lr, weight_decay=weight_decay)
-    steps = epochs * math.ceil(len(pairs) / batch_size)
-    warmup, eval_every = math.ceil(0.05 * steps), eval_every or math.ceil(steps / 8)
-    history, best, kept, losses, highest, start = [], None, None, [], 0.0, time.perf_counter()
-    for step in range(steps):
-        epoch, begin = divmod(step * batch_size, batch_size * math.ceil(len(pairs) / batch_size))
-        order = torch.randperm(
-            len(pairs), generator=torch.Generator().manual_seed(seed * 7919 + epoch)
-        ).tolist()
-        batch = [pairs[i] for i in order[begin : begin + batch_size]]
-        prompts, groups = [p[0] for p in batch], [[p[1], p[2]] for p in batch]
-        for part in micro_batches(prompts, groups, max_tokens_per_pass):
-            with policy.role(role):  # around the backward pass, too, for gradient checkpointing
-                scores = policy.sequence_scores(
-                    [prompts[i] for i in part], [groups[i] for i in part], role
-                )  # (b, 2)
-                wanted = scores.new_tensor([batch[i][3] if len(batch[i]) > 3 else margin for i in part])
-                loss = (
-                    bradley_terry_loss(scores[:, 0], scores[:, 1], wanted)
-                    + centre * scores.sum(1).square().mean()
-                )
-                (loss * len(part) / len(batch)).backward()
-            losses += [float(loss.detach())] * len(part)
-        norm = float(torch.nn.utils.clip_grad_norm_(params.values(), max_grad_norm))
-        if not math.isfinite(norm) or not math.isfinite(losses[-1]):
-            raise UserError(
-                f"role {role}: loss or gradient is not finite at batch {step + 1}; try a lower --lr or --dtype float32"
-            )
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        trim_memory(step + 1)
-        if (step + 1) % eval_every and step + 1 < steps:
-            continue
-        line = {
-            "step": step + 1,
-            "pairs": min((epoch * len(pairs)) + begin + batch_size, (epoch + 1) * len(pairs)),
-            "train/loss": sum(losses) / len(losses),
-            "grad_norm": norm,
-            "lr": optimizer.param_groups[0]["lr"],
-        }
-        losses = []
-        if held_out:
-            scores = torch.tensor(
-                group_scores(
-                    policy,
-                    role,
-                    [p[0] for p in held_out],
-                    [[p[1], p[2]] for p in held_out],
-                    max_tokens_per_pass,
-                )
-            )
-            right, loss = (
-                accuracy(scores[:, 0], scores[:, 1]),
-                float(bradley_terry_loss(scores[:, 0], scores[:, 1])),
-            )
-            line |= {"held_out/accuracy": right, "held_out/loss": loss}
-            highest = max(highest, right)
-            near = highest - math.sqrt(highest * (1 - highest) / len(held_out))
-            if best is None or best[0] < near or (right >= near and loss < best[1]):
-                best = (right, loss, step + 1, len(history))
-                kept = {n: p.detach().clone() for n, p in params.items()}
-            line["best_step"] = best[2]
-        history.append(line | {"time": time.perf_counter() - start})
-        if log:
-            log(history[-1])
-        if best and patience and len(history) - 1 - best[3] >= patience:
-            break
-    if kept:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(kept[name])
-    return history
-
-
 class RoleScorer:
-    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and for each a list of answers'
-    texts -> list of lists of raw scores, read at the EOS that is put behind every answer. UserError for a text beyond the context."""
+    """A reward model of `python reward.py train`: a role on a Policy's backbone. Called with B prompts and
+    for each a list of answers' texts -> list of lists of raw scores, read at the EOS that is put behind every
+    answer. UserError for a text beyond the context.
+    """
 
     def __init__(self, policy, role, most=4096):
         self.policy, self.role, self.most, self.context = policy, role, most, policy.context
@@ -202,9 +51,11 @@ class RoleScorer:
 
 
 class Classifier:
-    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template. Called as RoleScorer; the score is
-    logits[0] of the whole templated conversation, as transformers gives it (its templates write BOS and EOS themselves: none is added).
-    It is loaded in the compute type, whatever --quantize says."""
+    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template.
+    Called as RoleScorer; the score is logits[0] of the whole templated conversation, as transformers gives it
+    (its templates write BOS and EOS themselves: none is added). It is loaded in the compute type, whatever
+    --quantize says.
+    """
 
     def __init__(self, name, device="auto", dtype="auto", most=4096):
         self.name, self.most, self.device = name, most, pick_device(device)
@@ -222,11 +73,13 @@ class Classifier:
                 )
         except Exception as error:  # as in Policy.load
             raise UserError(
-                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights ({first_line(error)})"
+                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights "
+                f"({first_line(error)})"
             ) from error
         if info["missing_keys"]:  # transformers makes up the weights that a checkpoint lacks
             raise UserError(
-                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); is it a plain language model?"
+                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); "
+                "is it a plain language model?"
             )
         if model.config.num_labels != 1:
             raise UserError(
@@ -234,7 +87,8 @@ class Classifier:
             )
         if len(self.tokenizer) > len(model.get_input_embeddings().weight):
             raise UserError(
-                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model {len(model.get_input_embeddings().weight)}; "
+                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model "
+                f"{len(model.get_input_embeddings().weight)}; "
                 "they do not belong together"
             )
         self.model = model.to(self.device).eval()
@@ -250,7 +104,8 @@ class Classifier:
             )
         except Exception as error:  # see Policy.encode_prompt
             raise UserError(
-                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} ({first_line(error)})"
+                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} "
+                f"({first_line(error)})"
             ) from error
         return self.tokenizer.encode(text, add_special_tokens=False)
 
@@ -284,7 +139,8 @@ class Classifier:
                 batch = []
         if not all(map(math.isfinite, scores)):
             raise UserError(
-                f"reward model {self.name}: gave a score that is not finite; its weights, or --dtype bfloat16, may be at fault"
+                f"reward model {self.name}: gave a score that is not finite; "
+                "its weights, or --dtype bfloat16, may be at fault"
             )
         scores = iter(scores)
         return [[next(scores) for _ in group] for group in groups]
@@ -293,13 +149,16 @@ class Classifier:
 def refuse_longer(tokens, context, prompt):
     if tokens > context:
         raise UserError(
-            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of {context}; "
+            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, "
+            f"beyond the context of {context}; "
             "leave such records out (--max-prompt-tokens, --max-expert-tokens, --max-tokens)"
         )
 
 
 def tokenizer_print(tokenizer):
-    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat template tell."""
+    """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat
+    template tell.
+    """
     return hashlib.sha256(
         json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template]).encode()
     ).hexdigest()[:16]
@@ -309,14 +168,19 @@ def find_scorer(name):
     """The directory of a reward model, a hub one downloaded if needed; UserError if there is none."""
     if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
         raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
+    if read_metadata(Path(name) / "checkpoint.safetensors"):
+        raise UserError(
+            f"reward model {name}: its training has not finished; go on with "
+            f"python reward.py train --resume --out {name}"
+        )
     return Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
 
 
 def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
 
-    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice; another's backbone is loaded beside,
-    in NF4 if it was trained so.
+    A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice;
+    another's backbone is loaded beside, in NF4 if it was trained so.
     """
     directory = find_scorer(name)
     if not (directory / "adapter_config.json").is_file():
@@ -344,28 +208,24 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     parameters = policy.add_role(role, directory)
     if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
         raise UserError(
-            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; train it again"
+            f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; "
+            "train it again"
         )
-    size = sum(
-        p.numel() * p.element_size() for p in (parameters.values() if shared else policy.hf.parameters())
-    )
-    other = quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none")
-    print(
-        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}, {size / 2**20:.1f} MiB"
-        + (
-            f"; it was trained with --quantize {quantize}, so scores here are a little different"
-            if other
-            else ""
-        ),
-        file=sys.stderr,
-    )
+    held = parameters.values() if shared else policy.hf.parameters()
+    size = sum(p.numel() * p.element_size() for p in held)
+    backbone = "on the same backbone" if shared else "with a backbone of its own"
+    said = f"reward model {name}: {backbone}, {base}, {size / 2**20:.1f} MiB"
+    if quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none"):
+        said += f"; it was trained with --quantize {quantize}, so scores here are a little different"
+    print(said, file=sys.stderr)
     return RoleScorer(policy, role, most)
 
 
 CRITERIA = {
-    "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, says it clearly, and leaves out what nobody needs.",
-    "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with crime or with hatred, insults nobody, keeps private "
-    "things private, and where it declines, says so kindly.",
+    "helpful": "Which reply is of more use to the person? The better one does what was asked, is correct, "
+    "says it clearly, and leaves out what nobody needs.",
+    "harmless": "Which reply could do less harm? The better one gives no help with hurting people, with "
+    "crime or with hatred, insults nobody, keeps private things private, and where it declines, says so kindly.",
 }
 
 
@@ -381,10 +241,12 @@ Reply B: {b}
 
 
 class Judge:
-    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B", and nothing is sampled.
+    """A chat model that compares two answers; the verdict is read from the log-probabilities of "A" and "B",
+    and nothing is sampled.
 
-    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they disagree. As a reward
-    function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut loses. The model is the Policy's reference: the adapter is off.
+    It is asked twice, with the order swapped: +1 or -1 where both verdicts name the same answer, 0 where they
+    disagree. As a reward function: R(o, y) for y the column `chosen`, R(y, y) = 0; a sample that was cut
+    loses. The model is the Policy's reference: the adapter is off.
     """
 
     def __init__(self, policy, name, criterion="helpful", most=4096):
@@ -401,7 +263,8 @@ class Judge:
             or letters[0] == letters[1]
         ):
             raise UserError(
-                f"judge {name}: needs a chat template and a token of its own for each of the letters A and B; choose a chat model"
+                f"judge {name}: needs a chat template and a token of its own for each of the letters A and "
+                "B; choose a chat model"
             )
         self.letters = letters
 
@@ -414,7 +277,9 @@ class Judge:
 
     @torch.no_grad()
     def log_odds(self, prompts, answers, experts):
-        """(N, 2): log p(verdict for the answer) - log p(for the expert answer), nats, with the answer as A and as B. And the mean probability of A or B."""
+        """(N, 2): log p(verdict for the answer) - log p(for the expert answer), nats, with the answer as A and
+        as B. And the mean probability of A or B.
+        """
         asked = [
             self.question(*x) for p, o, y in zip(prompts, answers, experts) for x in ((p, o, y), (p, y, o))
         ]
@@ -432,7 +297,8 @@ class Judge:
             odds[part], said[part] = logps[:, 0] - logps[:, 1], logps.exp().sum(1)
         if not odds.isfinite().all():
             raise UserError(
-                f"{self.__name__}: gave a log-probability that is not finite; its weights, or --dtype bfloat16, may be at fault"
+                f"{self.__name__}: gave a log-probability that is not finite; "
+                "its weights, or --dtype bfloat16, may be at fault"
             )
         return odds.view(-1, 2) * torch.tensor([1.0, -1.0]), float(said.mean()) if len(asked) else 1.0
 
@@ -452,3 +318,131 @@ class Judge:
 def verdict(row):
     """log-odds of the two orders (2,) -> +1.0, -1.0, or 0.0 where they disagree or one is undecided."""
     return float(row[0] > 0 and row[1] > 0) - float(row[0] < 0 and row[1] < 0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python reward.py train
+
+
+def train_reward_model(config, folder):
+    level = "tiny" if config.model == "tiny" else "chat"
+    versions = environment()  # before training: the tree may change meanwhile
+    training, measured = read_sets(config, level)
+    policy = load_trainable(config)
+    scorer = RoleScorer(policy, "reward", config.micro_batch_tokens)
+    sets = split_sets(training, measured, config, scorer.tokens, min(config.max_tokens, policy.context))
+    pairs = encode_pairs(policy, sets.training, config.margin)
+    held_out = encode_pairs(policy, sets.stop, config.margin)
+    check_unknown(policy, [pair[0] for pair in pairs], config)
+    print(headline(config, policy, sets), flush=True)
+
+    with Stop() as stop:
+        history = fit_scorer(
+            policy, "reward", pairs, held_out, log=log_line, folder=folder, stop=stop, **fit_options(config)
+        )
+    if history is None:
+        go_on = f"python reward.py train --resume --out {folder.path}"
+        print(f"stopped; go on with: {go_on}", file=sys.stderr)
+        return None
+    evaluation, lines = measure_sets(scorer, sets)
+    info = {
+        "base": "tiny" if config.model == "tiny" else str(config.model),
+        "tokenizer": tokenizer_print(policy.tokenizer),
+        **about_scores(lines),
+        "split": sets.statement(),
+        "evaluation": evaluation,
+        "settings": {k: v for k, v in asdict(config).items() if k not in ("out", "overwrite", "resume")},
+        "environment": versions,
+    }
+    write_reward_model(policy, folder.path, info, history, lines)
+    return folder.path
+
+
+def load_trainable(config):
+    """The model with a fresh role "reward"."""
+    policy = Policy.load(
+        config.model,
+        quantize=config.quantize,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        device=config.device,
+        dtype=config.dtype,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing == "on",
+    )
+    policy.add_role("reward")
+    return policy
+
+
+def encode_pairs(policy, records, margin):
+    """Records -> [(prompt ids, chosen ids, rejected ids, margin)], as fit_scorer takes them."""
+    pairs = []
+    for r in records:
+        answers = policy.encode_answer(r["chosen"]), policy.encode_answer(r["rejected"])
+        pairs.append((policy.encode_prompt(r["prompt"]), *answers, r.get("margin", margin)))
+    return pairs
+
+
+def headline(config, policy, sets):
+    """What is trained, on how much of what."""
+    kind = "nf4" if config.quantize == "nf4" else str(policy.dtype).split(".")[-1]
+    on = ", ".join(f"{len(records)} of {name}" for name, records in sets.measured.items())
+    return (
+        f"reward model · {config.model} · {kind} on {policy.device} · learns from {len(sets.training)} "
+        f"pairs, stops by {len(sets.stop)}, is measured on {on}; the three share no dialogue"
+    )
+
+
+def log_line(line):
+    print(" · ".join(f"{name} {value:.4g}" for name, value in line.items()), flush=True)
+
+
+def fit_options(config):
+    """The settings of `reward.py train` that fit_scorer takes, by its names."""
+    names = ("lr", "epochs", "batch_size", "margin", "centre", "eval_every", "patience", "seed")
+    options = {name: getattr(config, name) for name in (*names, "weight_decay", "max_grad_norm")}
+    return options | {"max_tokens_per_pass": config.micro_batch_tokens}
+
+
+def measure_sets(scorer, sets):
+    """Score and report every measured set -> ({name: measures}, lines of scores.jsonl)."""
+    evaluation, lines = {}, []
+    for name, records in sets.measured.items():
+        scores = score_pairs(scorer, records)
+        evaluation[name] = measures(scores, [r["tokens"] for r in records])
+        lines += [{"set": name, "scores": s, "tokens": r["tokens"]} for s, r in zip(scores, records)]
+        print(report_pairs(name, evaluation[name]), flush=True)
+    return evaluation, lines
+
+
+def score_pairs(scorer, records):
+    """-> [[score of chosen, of rejected]]."""
+    return scorer([r["prompt"] for r in records], [[r["chosen"], r["rejected"]] for r in records])
+
+
+def about_scores(lines):
+    scores = [score for line in lines for score in line["scores"]]
+    return {"scores": {"mean": float(np.mean(scores)), "std": float(np.std(scores))}}
+
+
+def write_reward_model(policy, out, info, history, lines):
+    """The finished model takes the folder's place, whole or not at all."""
+    with whole_directory(out) as tmp:
+        policy.save_role("reward", tmp)
+        write_whole(tmp / "reward_model.json", json.dumps(info, indent=2, ensure_ascii=False) + "\n")
+        write_whole(tmp / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+        write_whole(tmp / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        draw_calibration(info, history, tmp / "calibration.png")
+    print(
+        f"\nThe reward model is in {out}: train a policy with --reward {out}, "
+        f"score pairs with python reward.py score --model {out} --data FILE"
+    )
+
+
+def check_unknown(policy, prompts, config):
+    tokens, unknown = sum(map(len, prompts)), sum(ids.count(policy.tokenizer.unk_token_id) for ids in prompts)
+    if policy.tokenizer.unk_token_id is not None and unknown > 0.1 * tokens:
+        raise UserError(
+            f"data {config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {config.model}; "
+            "choose another --model"
+        )

@@ -5,8 +5,8 @@ A method is a `settings.Method`; its `update(trainer, records) -> metrics` takes
 records with the trainer's help, and its file calls `main(METHOD)`. The help, in the order in which a step
 asks for it:
 
-    batch = trainer.rollout(records)                 # G samples of the policy for each prompt, and their rewards (B, G)
-    for part in trainer.scored(batch, sums):         # a micro-batch: logps, ref_logps, mask (b, G, T)
+    batch = trainer.rollout(records)            # G samples of the policy for each prompt, rewards (B, G)
+    for part in trainer.scored(batch, sums):    # a micro-batch: logps, ref_logps, mask (b, G, T)
         loss(part.logps, ..., A[part.groups]).backward()
     metrics = batch.metrics | sums.means() | trainer.optimizer_step()
 
@@ -27,20 +27,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import UserError, load_records
+from data import UserError
 from data.floor import floor_columns
 from engine.command_line import Stop, choose_command, exit_status, parse
-from engine.draw import draw_curves
-from engine.folders import write_whole
-from engine.measures import summary
-from engine.models import first_line, trim_memory
-from engine.record import RunFolder, peak_memory, read_jsonl
-from engine.report import report
+from engine.evaluation import evaluate, evaluation
+from engine.loop import finish, headline, resumed_config, take_steps
+from engine.models import first_line
+from engine.record import RunFolder
+from engine.records import encode_records, read_records
 from engine.settings import check_ranges, check_settings
 from policy import Policy, Scored
 from reward import checked_rewards, load_model_reward, verifier
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------
 # What a step works on
 
 
@@ -67,6 +66,13 @@ class Sums:
         are not averaged.
         """
         self.shares[name] += float(value.detach())
+
+    def ratio(self, about: dict):
+        """What losses.clipped_surrogate says of a micro-batch's ratio pi / pi_old."""
+        names = {"clip_fraction_low": "clip/low", "clip_fraction_high": "clip/high", "approx_kl": "kl/update"}
+        for key, name in names.items():
+            self.mean(name, about[key], about["tokens"])
+        self.max("ratio/max", about["ratio_max"])
 
     def max(self, name: str, value: Tensor):
         self.largest[name] = max(self.largest.get(name, 0.0), float(value))
@@ -149,7 +155,7 @@ class Batch:
         return torch.cat([torch.nn.functional.pad(x, (0, T - x.shape[-1])) for x in tensors])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The trainer
 
 
@@ -159,8 +165,7 @@ class Trainer:
     def __init__(self, method, config, reward_fn=None):
         self.method, self.config, self.step = method, config, 0
         self.reward_fn = reward_fn or load_reward(config.reward)
-        wanted = {"records": config.steps * config.prompts_per_step, "held_out": config.eval_prompts}
-        self.load_data(wanted)
+        training, held_out = read_records(config, method, verified=self.reward_fn is verifier)
         self.policy = Policy.load(
             config.model,
             quantize=config.quantize,
@@ -174,7 +179,7 @@ class Trainer:
             gradient_checkpointing=config.gradient_checkpointing == "on",
         )
         self.reward_fn = self.reward_fn or load_model_reward(config, self.policy)
-        self.encode_all(wanted)
+        self.records, self.held_out = encode_records(training, held_out, self.policy, config, method)
         self.params, self.param_groups = {}, []
         self.kept = {}  # tensors of a method's own that its next steps depend on; in the checkpoint
         self.train_parameters(self.policy.trainable(), config.lr)
@@ -190,88 +195,7 @@ class Trainer:
         self.params |= params
         self.param_groups.append({"params": list(params.values()), "base_lr": lr})
 
-    # -- data
-    # ---------------------------------------------------------------------------------------------------------------------
-
-    def load_data(self, wanted):
-        """self.records, self.held_out. UserError where they lack a column that the reward or the method
-        reads.
-
-        A run shorter than one pass over the data reads, encodes and checks only the records it will use;
-        where long ones are left out, others take their place, so then all are read.
-        """
-        c, method = self.config, self.method
-        level = "tiny" if c.model == "tiny" else "chat"
-        if c.max_prompt_tokens or c.max_expert_tokens:
-            wanted = dict.fromkeys(wanted, math.inf)
-        self.records = load_records(c.data, "train", wanted["records"], seed=c.seed, level=level)
-        self.held_out = load_records(c.data, "heldout", wanted["held_out"], seed=0, level=level)
-        if self.reward_fn is verifier and not all("constraints" in r for r in self.records + self.held_out):
-            raise UserError(
-                f"data {c.data}: has no 'constraints' for the verifier to check; use --data tasks, or another --reward"
-            )
-        for record in self.records if method.needs_rejected else ():
-            if not isinstance(record.get("rejected"), str):
-                raise UserError(
-                    f"data {c.data}: {method.name} needs a 'rejected' answer in every record; the one of the prompt "
-                    f"{str(record['prompt'])[:60]!r} has none"
-                )
-
-    def encode_all(self, wanted):
-        """Token ids of all prompts and expert answers that this run can meet, checked against the context
-        before anything is trained.
-        """
-        c, dropped, kept = self.config, 0, {}
-        for part, most in wanted.items():
-            kept[part] = []
-            for record in getattr(self, part):
-                if len(kept[part]) == most:
-                    break
-                encoded = self.encode(record, with_rejected=self.method.needs_rejected and part == "records")
-                if encoded is None:
-                    dropped += 1
-                else:
-                    kept[part].append(encoded | {"record_index": len(kept[part])})
-            if not kept[part]:
-                raise UserError(
-                    f"data {c.data}: no record is short enough for --max-prompt-tokens and --max-expert-tokens"
-                )
-        self.records, self.held_out = kept["records"], kept["held_out"]
-        if dropped:
-            print(
-                f"left out {dropped} records longer than --max-prompt-tokens or --max-expert-tokens",
-                file=sys.stderr,
-            )
-        self.check_unknown()
-
-    def encode(self, record, with_rejected):
-        """A record with its token ids; None if it is longer than the flags allow. UserError if it passes the
-        model's context.
-        """
-        c, policy = self.config, self.policy
-        ids = policy.encode_prompt(record["prompt"])
-        answers = {"expert_ids": policy.encode_answer(record["chosen"])}
-        if with_rejected:
-            answers["rejected_ids"] = policy.encode_answer(record["rejected"])
-        longest = max(map(len, answers.values()))
-        if 0 < c.max_prompt_tokens < len(ids) or 0 < c.max_expert_tokens < longest:
-            return None
-        if len(ids) + max(longest, c.max_new_tokens) > policy.context:
-            raise UserError(f"data {c.data}: {too_long(record, len(ids), longest, c, policy.context)}")
-        return record | {"prompt_ids": ids, **answers}
-
-    def check_unknown(self):
-        """UserError where the model's vocabulary hardly covers the prompts: it would train on <unk>."""
-        prompts, unk = (
-            [r["prompt_ids"] for r in self.records + self.held_out],
-            self.policy.tokenizer.unk_token_id,
-        )
-        tokens, unknown = sum(map(len, prompts)), sum(ids.count(unk) for ids in prompts)
-        if unk is not None and unknown > 0.1 * tokens:
-            raise UserError(
-                f"data {self.config.data}: {unknown / tokens:.0%} of its tokens are unknown to model {self.config.model}; "
-                "choose another --model"
-            )
+    # -- data ------------------------------------------------------------------------------------------------
 
     def order(self, n):
         """The first n record indices of the run: a new seeded permutation for every pass over the data."""
@@ -286,8 +210,7 @@ class Trainer:
         B = self.config.prompts_per_step
         return [self.records[i] for i in self.order((self.step + 1) * B)[-B:]]
 
-    # -- what updates call
-    # --------------------------------------------------------------------------------------------------------
+    # -- what updates call -----------------------------------------------------------------------------------
 
     def rewards(self, records, completions, truncated):
         """Rewards of one text for each record -> list[float]."""
@@ -426,7 +349,7 @@ class Trainer:
         return minibatches
 
     def shuffled(self, minibatches: list, epochs: int) -> Iterator[list]:
-        """`epochs` passes over them, each in another order, of seed and step alone: a resumed run repeats it."""
+        """`epochs` passes over them, each in another order, of seed and step alone: a resume repeats it."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.step)
         for _ in range(epochs):
             for m in torch.randperm(len(minibatches), generator=generator).tolist():
@@ -442,7 +365,8 @@ class Trainer:
             norms.append(float(torch.nn.utils.clip_grad_norm_(group["params"], c.max_grad_norm)))
         if not all(map(math.isfinite, norms)):
             raise UserError(
-                f"step {self.step + 1}: the gradient is not finite; nothing was updated. Try a lower --lr or --dtype float32"
+                f"step {self.step + 1}: the gradient is not finite; nothing was updated. Try a lower --lr or "
+                "--dtype float32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -453,52 +377,7 @@ class Trainer:
         if self.step == 0:
             tqdm.write(text)
 
-    # -- evaluation
-    # ---------------------------------------------------------------------------------------------------------------
-
-    def evaluate(self) -> list:
-        """One sample for each held-out prompt, the same draws every time -> list of dicts as in
-        samples.jsonl.
-        """
-        rollout, texts, rewards = self.sample(self.held_out, 1, seed=2**31 + self.config.seed)
-        expert_rewards = self.expert_rewards(self.held_out).tolist()
-        kl, logp_expert = self.held_out_logps(rollout.completions)
-        samples = []
-        for i, record in enumerate(self.held_out):
-            sample = {
-                "step": self.step,
-                "prompt": record["prompt"],
-                "expert": record["chosen"],
-                "completion": texts[i],
-                "reward": float(rewards[i, 0]),
-                "expert_reward": expert_rewards[i],
-                "tokens": len(rollout.completions[i][0]),
-                "truncated": rollout.truncated[i][0],
-                "kl": kl[i],
-                "logp_expert": logp_expert[i],
-                "expert_tokens": len(record["expert_ids"]),
-            }
-            if "constraints" in record:
-                sample["constraints"] = record["constraints"]
-            samples.append(sample)
-        return samples
-
-    @torch.no_grad()
-    def held_out_logps(self, completions):
-        """Of each held-out prompt: log pi - log pi_ref of its sample, nats, whose mean estimates KL(pi ||
-        ref); and J_imit of its expert answer.
-        """
-        prompts = [r["prompt_ids"] for r in self.held_out]
-        members = [[ids[0], r["expert_ids"]] for ids, r in zip(completions, self.held_out)]
-        kl, logp_expert = [], []
-        for part in self.parts(prompts, members):
-            scored, frozen = part.score(), part.score("reference")
-            kl += (scored.logps - frozen.logps)[:, 0].sum(-1).tolist()
-            logp_expert += scored.sequence_mean()[:, 1].tolist()
-        return kl, logp_expert
-
-    # -- state
-    # --------------------------------------------------------------------------------------------------------------------
+    # -- state -----------------------------------------------------------------------------------------------
 
     def state(self) -> dict:
         """Everything the next step depends on, as tensors, for one safetensors file."""
@@ -526,16 +405,6 @@ class Trainer:
                     if f"{key}/{name}" in tensors:
                         device = "cpu" if key == "step" else p.device
                         self.optimizer.state[p][key] = tensors[f"{key}/{name}"].to(device)
-
-
-def too_long(record, prompt, answer, c, context):
-    """What does not fit into the context, in tokens, and which flag helps: the record's, or the samples'."""
-    said = f"the prompt {str(record['prompt'])[:60]!r} has {prompt} tokens and its answer {answer}; "
-    if prompt + answer <= context and c.max_new_tokens > answer:
-        said += f"with --max-new-tokens {c.max_new_tokens} that passes the model's context of {context}: "
-        return said + f"set it to at most {context - prompt} for this prompt"
-    said += f"with {c.max_new_tokens} new tokens that passes the model's context of {context}: "
-    return said + "set --max-prompt-tokens and --max-expert-tokens to leave such records out"
 
 
 def schedule(kind, step, warmup, steps):
@@ -575,7 +444,7 @@ def load_reward(name):
         ) from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -592,7 +461,7 @@ def run(method, given, reward_fn=None):
         print(headline(trainer))
         with Stop() as stop:
             if before is None:
-                before = with_floor(trainer, trainer.evaluate())
+                before = with_floor(trainer, evaluate(trainer))
                 folder.create(trainer, before, {"step": 0} | evaluation(before))
             after = take_steps(trainer, folder, stop)
         trainer.policy.save(folder.adapter)
@@ -604,102 +473,6 @@ def run(method, given, reward_fn=None):
     return folder.path
 
 
-def resumed_config(method, given, folder):
-    """The settings of the run in `folder`. UserError if it is finished, or a flag asks for other settings."""
-    if given.get("overwrite"):
-        raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
-    config = method.config(**folder.settings(method) | {"resume": True})
-    wanted = check_settings(method.config(**given))
-    for name in given:
-        saved = getattr(config, name)
-        if name not in ("resume", "out", "device") and getattr(wanted, name) != saved:
-            raise UserError(
-                f"--resume: {name} was {saved} in {folder.path}; leave the flag out, or start a new run"
-            )
-    if folder.report.is_file():
-        raise UserError(
-            f"--resume: {folder.path} has finished its {config.steps} steps; go on from it with "
-            f"--from-adapter {folder.adapter}"
-        )
-    config.device = given.get("device", config.device)
-    return config
-
-
-def headline(trainer):
-    """What is trained, on what, with how much of it."""
-    c, policy = trainer.config, trainer.policy
-    kind = "nf4" if c.quantize == "nf4" else str(policy.dtype).removeprefix("torch.")
-    count = sum(p.numel() for p in trainer.params.values() if p.requires_grad)
-    return (
-        f"{trainer.method.name} · {c.model} · {kind} on {policy.device} · LoRA rank {c.lora_rank}, "
-        f"{count / 1e6:.2f} M trained · {len(trainer.records)} training and {len(trainer.held_out)} "
-        "held-out prompts"
-    )
-
-
-def take_steps(trainer, folder, stop):
-    """Steps until the last one, or until `stop` is asked for -> the last evaluation, None without one."""
-    steps, every, after = trainer.config.steps, trainer.config.eval_every, None
-    bar = tqdm(total=steps, initial=trainer.step, desc=trainer.method.name, unit="step", dynamic_ncols=True)
-    with bar:  # closed before an error is reported
-        while trainer.step < steps and not stop.asked:
-            metrics = take_step(trainer)
-            due = trainer.step % every == 0 or trainer.step == steps
-            if due:
-                after = trainer.evaluate()
-                metrics |= evaluation(after)
-            trim_memory(trainer.step)
-            folder.log({"step": trainer.step} | metrics)
-            bar.set_postfix_str(postfix(metrics))
-            bar.update()
-            if due or stop.asked:
-                folder.save(trainer)
-                draw(trainer.method, folder)
-    return after
-
-
-def take_step(trainer):
-    """One optimisation step on the run's next prompts -> its metrics."""
-    start = time.perf_counter()
-    metrics = trainer.method.update(trainer, trainer.next_records())
-    trainer.step += 1
-    metrics["time/update"] = time.perf_counter() - start - metrics.get("time/rollout", 0.0)
-    metrics["memory/peak"] = peak_memory()
-    return metrics
-
-
-def draw(method, folder):
-    lines = [{k: v for k, v in line.items() if v is not None} for line in read_jsonl(folder.metrics)]
-    draw_curves(lines, PANELS + method.panels, folder.curves)
-
-
-def finish(trainer, folder, before, after):
-    """What a finished run has and an interrupted one lacks; report.txt, written last, is the sign."""
-    if after is None:  # killed after its last checkpoint: nothing was left to train
-        after = trainer.evaluate()
-        draw(trainer.method, folder)
-    after = [new | floor_of(old) for old, new in zip(before, after)]
-    folder.write_samples(before + after)
-    text = report(before, after)
-    write_whole(folder.report, text + "\n")
-    print("\n" + text)
-    print(
-        f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, report.txt, adapter/ (loads "
-        "with peft.PeftModel.from_pretrained)."
-    )
-    print(f"To try next: {trainer.method.next}; or go on from here: --from-adapter {folder.adapter}")
-
-
-# Panels of curves.png that every method has: (title, y label, metrics).
-PANELS = [
-    ("Reward", "reward", ["reward/mean", "reward/expert", "eval/reward"]),
-    ("KL to the reference", "nats/token", ["kl/k1", "kl/k3"]),
-    ("Entropy", "nats/token", ["entropy"]),
-    ("Length of samples", "tokens", ["length/min", "length/mean", "length/max"]),
-    ("Shares", "share", ["length/truncated", "groups/no_signal"]),
-]
-
-
 def with_floor(trainer, samples):
     """Held-out samples with "floor" and "floor_reward", of data/floor.py, where the reward is the verifier.
 
@@ -709,32 +482,6 @@ def with_floor(trainer, samples):
         return samples
     floor = floor_columns(trainer.held_out, verifier)
     return [sample | columns for sample, columns in zip(samples, floor)]
-
-
-def floor_of(sample):
-    return {name: sample[name] for name in ("floor", "floor_reward") if name in sample}
-
-
-def evaluation(samples):
-    s = summary(samples)
-    means = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("kl", "logp_expert")}
-    measures = {
-        name: s[name] for name in ("reward", "low", "high", "std", "q25", "median", "q75", "expert")
-    } | means
-    # eval/low and eval/high are None, and not logged, where the prompts are too few for an interval
-    return {f"eval/{name}": value for name, value in measures.items() if value is not None}
-
-
-def postfix(metrics):
-    names = {
-        "reward/mean": "reward",
-        "reward/expert": "expert",
-        "kl/k1": "kl",
-        "entropy": "ent",
-        "length/mean": "len",
-        "loss": "loss",
-    }
-    return " ".join(f"{short} {metrics[name]:.3g}" for name, short in names.items() if name in metrics)
 
 
 def main(method, argv=None, reward_fn=None, description=""):

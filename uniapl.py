@@ -1,9 +1,9 @@
 """UniAPL: demonstrations and rewards in one step, anchored by a discriminator. arXiv 2509.25148v1.
 
-    python uniapl.py                                          # unified; tiny model without a GPU, Qwen3-0.6B with one
-    python uniapl.py --variant a-sft-a-grpo --lambda-adv 0.3  # another pipeline: a line of VARIANTS below
-    python uniapl.py discriminator --out DIR                  # train and test a discriminator, see discriminator.py
-    python uniapl.py teach --model MODEL --out FILE.jsonl     # expert answers from a teacher, see discriminator.py
+    python uniapl.py                                        # unified; tiny without a GPU, else Qwen3-0.6B
+    python uniapl.py --variant a-sft-a-grpo --lambda-adv .3 # another pipeline: a line of VARIANTS below
+    python uniapl.py discriminator --out DIR                # train a discriminator, see discriminator.py
+    python uniapl.py teach --model MODEL --out FILE.jsonl   # expert answers from a teacher, see there
 
 Read `uniapl_loss`, then `adversarial_loss`, then `update`, one optimisation step.
 
@@ -12,22 +12,13 @@ a third, adversarial part that compares o_i with y by a fixed, light discriminat
 the plug-ins A-SFT, A-GRPO and A-CHORD; the staged pipelines; the discriminator as a loss of its own rather
 than a shaped reward. v2 (2026) is a rewrite named "AAPA" and reports its best numbers for a staged pipeline.
 
-Ours, where the paper (as far as it is known to us) leaves it open:
-- L_adv is the score-function gradient of D's group-normalised scores, see adversarial_loss: D is a frozen
-  number. Its value says nothing of how near the policy is; watch score/* and the norm of its gradient.
-- lambda_adv = 0.1, learning rates, batch, temperature 1, LoRA on a frozen backbone; the discriminators.
-- mu follows CHORD (2508.11408): peak 0.9 at once, cosine to 0.05, over two thirds of --steps (CHORD: 200
-  steps). So `a-chord` *is* `unified`; both names are kept, as the paper reports both. --aggregate token is
-  CHORD's L_GRPO, a mean over tokens; the default is GRPO's, over samples' means.
-- One optimiser update for each rollout: GRPO's ratio is 1, so its clip never binds and there are no flags for
-  it. No KL unless --kl-coef.
-- Imitation averages over all tokens of the step's expert answers (2604.23747) and is scored at temperature 1,
-  as baselines.py sft.
-- At the switch of a staged pipeline AdamW's moments are forgotten and the learning rate warms up again, at
-  --switch-lr. The reference of every KL stays what it was at the start, so kl/* is the distance to it across
-  both.
-- A co-trained discriminator takes --discriminator-warmup steps in which the policy rests, from the first step
-  that uses it. They count as steps.
+Ours, where the paper (as far as it is known to us) leaves it open; the reasons stand where the code is:
+- L_adv: the score-function gradient of D's group-normalised scores. How D is made: discriminator.py.
+- lambda_adv = 0.1, learning rates, batch, temperature 1, LoRA on a frozen backbone; no KL unless --kl-coef.
+- mu: CHORD's schedule over two thirds of --steps, so `a-chord` *is* `unified`. Both names are kept, as the
+  paper reports both.
+- One optimiser update for each rollout; imitation averages over all tokens of the step (2604.23747).
+- The switch of a staged pipeline, and the warm-up of a co-trained discriminator.
 
 Letters: mu weighs imitation here and counts GRPO's updates in baselines.py; lambda weighs the anchor here,
 the regulariser in minigrao.py, and is GAE's lambda in PPO. D is the discriminator's score.
@@ -59,7 +50,7 @@ class UniAPLConfig(Config):
     # Too high a lambda is what the paper's ablations warn of: the policy copies the expert's manner and stops
     # exploring.
     lambda_adv: float = setting(0.1, "weight of the adversarial part", low=0, high=100)
-    # The weight of imitation in a mixed objective: CHORD's schedule, or a constant.
+    # mu, the weight of imitation in a mixed objective: CHORD's schedule, or a constant.
     mu: float = setting(
         None, "unified, chord, a-chord: a constant weight of imitation instead of the schedule", low=0, high=1
     )
@@ -147,6 +138,7 @@ def adversarial_advantages(scores: Tensor) -> Tensor:
     As GRPO's rewards, because D's scores are unbounded and their unit means nothing. std is the population's,
     tied groups are exactly 0. ValueError for another shape, or a score that is not finite.
     """
+    # Apart from the rewards' own: see the step.
     return grpo_advantages(scores)
 
 
@@ -185,9 +177,8 @@ def chord_mu(step: int, warmup: int, decay: int, peak: float, valley: float) -> 
 def sft_phi_loss(logps: Tensor, mask: Tensor, denominator=None) -> Tensor:
     """CHORD-phi, 2508.11408: -meanₜ φₜ log pₜ with φₜ = pₜ (1 - pₜ). logps, mask (..., T) -> scalar over all
     tokens.
-
-    Tokens that the policy knows already or holds for impossible weigh little; p = 1/2 weighs most, 1/4.
     """
+    # Tokens that the policy knows already or holds for impossible weigh little; p = 1/2 weighs most, 1/4.
     logps = torch.where(mask, logps, 0)
     # phi is a weight. With gradient, the loss would also fall by moving p to where phi is small.
     p = logps.detach().exp()
@@ -225,6 +216,7 @@ def stages(c: UniAPLConfig) -> list[Stage]:
     """The variant's one or two stages. UserError if a discriminator's warm-up leaves the policy no step of
     one.
     """
+    # A variant of one stage has it from the first step to the last.
     found, switch = [], switch_step(c)
     # A co-trained discriminator knows nothing at first, and A^D of its scores would be noise at full
     # strength, because normalising makes every score as loud as any other. So it learns alone for a while,
@@ -255,13 +247,15 @@ def enter_stage(trainer: Trainer) -> Stage:
             # Kept, they would drive the first steps of RL along SFT's gradient.
             for p in trainer.policy.trainable().values():
                 optimizer.state.pop(p, None)
+        # The reference stays what it was at the start of the run, so kl/* is the distance to it across both
+        # stages.
         warm = schedule("constant", trainer.step - stage.begin, c.warmup_steps, c.steps)
         optimizer.param_groups[0]["base_lr"] = (c.switch_lr or c.lr) * warm
     return stage
 
 
 def weights(c: UniAPLConfig, stage: Stage, step: int) -> tuple[float, float]:
-    """(mu, lambda) of uniapl_loss at a step of the run: which of the three losses the stage's objective has."""
+    """(mu, lambda) of uniapl_loss at a step of the run: which of the losses the stage's objective has."""
     mu = 1.0 if stage.objective in ("sft", "a-sft") else 0.0
     if stage.objective in MIXED:
         mu = mixed_mu(c, max(0, step - stage.moves))  # a schedule of the stage's own, from its first move
@@ -346,6 +340,8 @@ def preference_loss(c: UniAPLConfig, part: Part, A: Tensor, n: Tensor) -> Tensor
     """L_GRPO of a micro-batch; A (B, G), n the step's count. One update a rollout, so pi_old is pi and
     nothing clips.
     """
+    # k3_ratio, because as a loss it has the gradient of KL(pi || pi_ref); see losses.kl_estimate. aggregate
+    # "token" is CHORD's L_GRPO, a mean over tokens; the default is GRPO's, over samples' means.
     settings = dict(kl_coef=c.kl_coef, kl="k3_ratio", aggregate=c.aggregate, denominator=n)
     loss, _ = grpo_loss(part.logps, None, part.ref_logps, A[part.groups], part.mask, **settings)
     return loss
@@ -355,12 +351,15 @@ def imitation_loss(c: UniAPLConfig, part: Part, n: Tensor) -> Tensor:
     """L_SFT of a micro-batch of expert answers, or CHORD-phi's; n: the tokens of all the step's expert
     answers.
     """
+    # At temperature 1, as baselines.py sft: nobody sampled y at another.
     loss = sft_phi_loss if c.phi else sft_loss
     return loss(part.logps, part.mask, denominator=n)
 
 
 def finish(trainer: Trainer, records: list, gradient: Gradient, sums: Sums) -> dict:
     """The optimiser's step on what was gathered -> metrics."""
+    # Clipping the sum keeps the parts' proportions; clipped apart, lambda and mu would mean little where
+    # norms are large.
     lengths = [len(r["expert_ids"]) for r in records]
     metrics = {"length/expert": sum(lengths) / len(lengths), "loss": gradient.loss}
     return metrics | gradient.finish() | sums.means() | trainer.optimizer_step()
@@ -383,6 +382,8 @@ def setup(trainer: Trainer):
     if (c.phi or c.mu is not None) and c.variant not in MIXED:
         flag = "phi" if c.phi else "mu"
         raise UserError(f"--{flag} is for the variants {', '.join(MIXED)}; {c.variant} does not weigh by mu")
+    # A variant without an anchor may still be watched by a discriminator, so nobody is stopped from naming
+    # one.
     if c.discriminator is None and set(VARIANTS[c.variant]) & set(ANCHORED):
         c.discriminator = "polar"
     stages(c)  # for its errors, before the discriminator takes its time
@@ -405,6 +406,7 @@ def ptx_update(trainer: Trainer, records: list) -> dict:
     baseline.
     """
     c, sums, gradient = trainer.config, Sums(), Gradient(trainer)
+    # A discriminator, if --discriminator names one, only watches here: its scores are logged and not used.
     batch, _, metrics = judged_rollout(trainer, records)
     A, n = grpo_advantages(batch.rewards), denominator(batch.completions, c.aggregate)
     for part in trainer.scored(batch, sums):
@@ -435,7 +437,7 @@ def luffy_loss(
 
 
 def luffy_update(trainer: Trainer, records: list) -> dict:
-    """LUFFY: the expert answer joins the group as one more member, with an advantage and not with a weight."""
+    """LUFFY: the expert answer joins the group as one more member, with an advantage, not a weight."""
     c, sums, gradient = trainer.config, Sums(), Gradient(trainer)
     batch, _, metrics = judged_rollout(trainer, records)
     # One group of G + 1: y is raised only as far as its reward beats the samples', unlike in SFT.
@@ -485,6 +487,7 @@ def hpt_update(trainer: Trainer, records: list) -> dict:
     return metrics | {"stage": 1, "hpt/imitated": float(share)} | finish(trainer, records, gradient, sums)
 
 
+# What is not here: SRFT (2506.19767), and GAD (2511.10643), whose discriminator is the only reward.
 NEIGHBOURS = {"ptx": ptx_update, "luffy": luffy_update, "hpt": hpt_update}
 
 

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from data.errors import UserError, first_line
+from engine.metrics import renamed
 
 try:
     import fcntl
@@ -292,12 +293,12 @@ class Damaged(UserError, ValueError):
     """A file is not what was once written to it."""
 
 
-def read_objects(path):
-    """The objects of a .jsonl file. Damaged, naming the line, for one that is none."""
+def read_jsonl(path):
+    """The objects of a .jsonl file, by today's names. Damaged, naming the line, for one that is none."""
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
-            lines.append(parse_object(line, f"{path}, line {number}"))
+            lines.append(renamed(parse_object(line, f"{path}, line {number}")))
     return lines
 
 

@@ -1,8 +1,10 @@
 """Preference pairs: which can be used, and sets of them that share no dialogue."""
 
 import math
+import random
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +24,11 @@ def dialogue(prompt):
 
 
 def usable_pairs(records, tokens, most, name, elsewhere=frozenset()):
-    """Records whose two answers can be told apart and fit -> (records, each with "tokens": [of chosen, of rejected], {reason: how many were left out}).
+    """Records whose two answers can be told apart and fit -> (records, each with "tokens": [of chosen, of
+    rejected], {reason: how many were left out}).
 
-    tokens(prompt, answer) -> length of the whole text; most: the longest; elsewhere: dialogues that other sets hold. Says on stderr what it left out.
+    tokens(prompt, answer) -> length of the whole text; most: the longest; elsewhere: dialogues that other
+    sets hold. Says on stderr what it left out.
     """
     kept, left, first = [], Counter(), {}
     for record in records:
@@ -36,7 +40,8 @@ def usable_pairs(records, tokens, most, name, elsewhere=frozenset()):
         )
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
             raise UserError(
-                f"{name}: the margin of the prompt {shown_prompt(prompt)} is {margin!r}; write a finite number or leave it out"
+                f"{name}: the margin of the prompt {shown_prompt(prompt)} is {margin!r}; "
+                "write a finite number or leave it out"
             )
         if rejected is None:
             reason = "without a rejected answer"
@@ -60,9 +65,8 @@ def usable_pairs(records, tokens, most, name, elsewhere=frozenset()):
         )
         print(f"{name}: left out {left.total()} of {len(records)} pairs: {reasons}", file=sys.stderr)
     if not kept:
-        raise UserError(
-            f"{name}: no pair to use, left out {', '.join(f'{count} {reason}' for reason, count in left.most_common()) or 'none'}"
-        )
+        reasons = ", ".join(f"{count} {reason}" for reason, count in left.most_common())
+        raise UserError(f"{name}: no pair to use, left out {reasons or 'none'}")
     return kept, dict(left)
 
 
@@ -84,6 +88,65 @@ def set_apart(records, n, seed):
             apart.add(dialogues[i])
             left -= size[dialogues[i]]
     return tuple([r for r in records if (dialogue(r["prompt"]) in apart) == side] for side in (False, True))
+
+
+@dataclass
+class PairSets:
+    """Preference pairs that share no dialogue; records with "tokens", [of chosen, of rejected]."""
+
+    training: list
+    stop: list  # kept from training to stop it by
+    measured: dict  # name -> records
+    left_out: dict  # name -> {reason: how many}
+
+    def statement(self):
+        """What reward_model.json says of them."""
+        return {
+            "statement": "the pairs learnt from, stopped by and measured on share no dialogue "
+            "(prompts that open with the same user message)",
+            "training": len(self.training),
+            "stop": len(self.stop),
+            "measured": {name: len(records) for name, records in self.measured.items()},
+            "left_out": self.left_out,
+        }
+
+
+def read_sets(config, level):
+    """The records of --data and --eval-data -> (to train on, {name: to measure on}), not yet apart."""
+    training, measured = [], {}
+    for source in config.data.split(","):
+        training += load_records(source, "train", seed=config.seed, level=level)
+        measured[f"{Path(source).name}, held-out split"] = load_records(source, "heldout", level=level)
+    for source in config.eval_data.split(",") if config.eval_data else []:
+        measured[Path(source).name] = all_records(source, level)
+    return training, measured
+
+
+def split_sets(training, measured, config, tokens, most):
+    """Leave out what cannot be used, and what shares a dialogue with a measured set -> PairSets.
+
+    tokens(prompt, answer) -> length of the whole text; most: the longest.
+    """
+    # of those, too, that are too long to be measured: a policy may be evaluated on their prompts
+    elsewhere = {dialogue(r["prompt"]) for records in measured.values() for r in records}
+    usable, left = {}, {}
+    for name, records in measured.items():
+        usable[name], left[name] = usable_pairs(records, tokens, most, name)
+    training, left["training"] = usable_pairs(training, tokens, most, "training", elsewhere)
+    random.Random(config.seed).shuffle(training)  # of several files, each has its share of --train-pairs
+    training, stop = set_apart(training, min(config.stop_pairs, len(training) // 10), config.seed)
+    return PairSets(training[: config.train_pairs or None], stop, usable, left)
+
+
+def pairs_to_measure(config, tokens, context, level):
+    """{name: usable pairs} of --data, each at most --pairs and --max-tokens."""
+    found = {}
+    for source in config.data.split(","):
+        name = Path(source).name
+        found[name] = usable_pairs(
+            all_records(source, level), tokens, min(config.max_tokens or context, context), name
+        )[0][: config.pairs or None]
+    return found
 
 
 def read_samples(config):

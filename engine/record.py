@@ -32,13 +32,12 @@ from engine.folders import (
     is_occupied,
     locked,
     parse_object,
-    read_objects,
+    read_jsonl,
     reserve,
     to_json,
     whole_directory,
     write_whole,
 )
-from engine.metrics import renamed
 from engine.settings import RENAMED_SETTINGS
 
 try:
@@ -50,11 +49,6 @@ except ImportError:  # Windows
 FORMAT = 2
 SAMPLE_TEXTS = ("expert", "completion")  # of a line of samples.jsonl, beside its prompt
 SAMPLE_NUMBERS = ("reward", "expert_reward", "tokens", "kl", "logp_expert")
-
-
-def read_jsonl(path):
-    """The lines of a log, by today's names. Damaged, naming the line, for one that is no object."""
-    return [renamed(line) for line in read_objects(path)]
 
 
 def is_run(path):
@@ -138,6 +132,7 @@ class RunFolder:
             started.write_samples(samples)
             started.log(metrics)
             started.save(trainer)
+            trainer.policy.save_fitted(tmp)
         self.begun = True
 
     def log(self, metrics):
@@ -175,9 +170,10 @@ class RunFolder:
             raise UserError(
                 f"--resume: {self.path} is a run of {content.get('method')}, not of {method.name}"
             )
-        if not isinstance(content.get("settings"), dict):
+        settings = content.get("settings")
+        if not isinstance(settings, dict):
             raise Damaged(f"--resume: {self.config}: is damaged (it has no settings)")
-        settings = {RENAMED_SETTINGS.get(key, key): value for key, value in content["settings"].items()}
+        settings = {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
         fields = {f.name: f for f in dataclasses.fields(method.config)}
         for name, value in settings.items():
             if name not in fields:
@@ -222,7 +218,7 @@ class RunFolder:
         lines = []
         for text in self.read(self.metrics).split(b"\n"):
             with contextlib.suppress(Damaged):
-                lines.append(renamed(parse_object(text, self.metrics)))
+                lines.append(parse_object(text, self.metrics))
         lines = [line for line in lines if type(line.get("step")) is int and 0 <= line["step"] <= last]
         if [line["step"] for line in lines] != list(range(last + 1)):
             found = {line["step"] for line in lines}

@@ -271,6 +271,36 @@ def by_reward(before, after):
     return [*lines, f"NAG     {change['signed']:+.3f}{certain} (wins alone {change['indicator']:.3f})"]
 
 
+def print_samples(path, name, reward_fn, before, after):
+    """A run, the samples.jsonl at `path`, by `reward_fn`, beside the same by the reward that it was trained
+    with, and the alarms of either.
+    """
+    print(f"{len(after)} held-out prompts of {path}")
+    others = rescored(reward_fn, before), rescored(reward_fn, after)
+    said = []
+    for title, parts in (("by the reward of the run", (before, after)), (f"by {name}", others)):
+        print(f"{title}\n  " + "\n  ".join(by_reward(*parts)))
+        for alarm in alarms(*parts):
+            if alarm not in said:  # what is wrong with the answers is so by either reward
+                print(f"  careful: {alarm}")
+                said.append(alarm)
+
+
+def rescored(reward_fn, samples):
+    """The samples with the rewards that `reward_fn` gives to them and to their expert answers. The recorded
+    floor is of another reward.
+    """
+    prompts, experts = [s["prompt"] for s in samples], [s["expert"] for s in samples]
+    cut = [s["truncated"] for s in samples]
+    rewards = reward_fn(prompts, [s["completion"] for s in samples], chosen=experts, truncated=cut)
+    expert_rewards = reward_fn(prompts, experts, chosen=experts)
+    found = []
+    for sample, reward, expert in zip(samples, rewards, expert_rewards, strict=True):
+        kept = {name: value for name, value in sample.items() if name != "floor_reward"}
+        found.append(kept | {"reward": reward, "expert_reward": expert})
+    return found
+
+
 def report_pairs(name, m):
     """What `measures` found on one set of preference pairs, as text."""
     text = f"\n{name}: {m['pairs']} pairs\n"

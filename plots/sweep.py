@@ -25,10 +25,11 @@ import train
 import uniapl
 from data import UserError
 from engine.command_line import exit_status, parse
-from engine.folders import holds, reserve, to_json, write_whole
+from engine.evaluation import evaluate
+from engine.folders import holds, read_jsonl, reserve, to_json, write_whole
 from engine.measures import summary
 from engine.models import first_line
-from engine.record import environment, read_jsonl
+from engine.record import environment
 from engine.settings import check_settings
 from plots import flags
 
@@ -53,7 +54,7 @@ def final_reward(method, given, path):
     config = check_settings(method.config(**given | {"from_adapter": str(path / "adapter")}))
     trainer = train.Trainer(method, config)
     trainer.held_out = trainer.records[:MOST]
-    measured = summary(trainer.evaluate())
+    measured = summary(evaluate(trainer))
     row = {"lr": given["lr"], "prompts": len(trainer.held_out)}
     return row | {name: measured[name] for name in ("reward", "low", "high", "expert", "tokens")}
 
@@ -125,28 +126,23 @@ def main(argv):
         raise UserError(f"--last {args.last}: must be at least 1")
     method = METHODS[args.method]
     given = parse(method.config, theirs, "")
-    ways = {"kind": "table of this command", "remedies": ["--overwrite it"]}
-    with reserve(args.out, ours=is_sweep, overwrite=args.overwrite, **ways) as out:
-        about = {"command": "python -m plots.sweep " + " ".join(argv), "environment": environment()}
-        return measure(method, given, args, out, about)
-
-
-def is_sweep(path):
-    return holds(path, "command", "environment", "rows")
-
-
-def measure(method, given, args, out, about):
-    """The rows of --lrs or --runs, `out` written again after each."""
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    held = reserve(args.out, "table of learning rates", is_sweep, args.overwrite, ["--overwrite it"])
+    with held as out, tempfile.TemporaryDirectory() as folder:
         measured = finished(method, args.runs, args.last) if args.runs else None
         if args.lrs:
             measured = (train_reward(method, given, lr, Path(folder) / f"{lr:g}") for lr in args.lrs)
         for row in measured:
             rows.append(row)
             print(row)
-            write_whole(out, to_json(about | {"rows": rows}, indent=1) + "\n")
+            command = "python -m plots.sweep " + " ".join(argv)
+            result = {"command": command, "environment": environment(), "rows": rows}
+            write_whole(out, to_json(result, indent=1) + "\n")
     return rows
+
+
+def is_sweep(path):
+    return holds(path, "command", "environment", "rows")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Discriminators: what they read, what they learn from, and how they are tested; and the script that makes expert answers."""
+"""Discriminators: what they read, what they learn from, and how they are tested; and the script that makes
+expert answers.
+"""
 
 import json
 import random
@@ -10,13 +12,15 @@ from conftest import randomise_all
 from test_uniapl import FEW, SMALL, trainer
 
 import discriminator
+import train
 from data import UserError, chat_tasks, load_records, tiny_tasks
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from discriminator import DiscriminatorConfig, another_expert, condition, expert_pairs, measure, scores
+from engine.folders import read_jsonl
 from engine.settings import check_settings
 from policy import Policy
-from uniapl import command_line
+from uniapl import UNIAPL, command_line
 
 PROMPTS, EXPERTS = [[5, 6, 7], [8, 9]], [[20, 21, 3], [22, 3]]
 CANDIDATES = [[[10, 11, 12, 3], [14, 3]], [[15, 16, 3], [17, 18, 19]]]
@@ -38,7 +42,8 @@ def config(**changes):
     return check_settings(DiscriminatorConfig(model="tiny", **{"pairs": 40, **changes}))
 
 
-# --------------------------------------------------------------------------------------------------------------- scores
+# ----------------------------------------------------------------------------------------------------------
+# scores
 
 
 def alone(policy, role, ids):
@@ -49,7 +54,9 @@ def alone(policy, role, ids):
 
 @pytest.mark.parametrize("most", (1, 4096))
 def test_polar_reads_prompt_expert_prompt_candidate(policy, most):
-    """The score is that of `q y q o` alone, at o's last token; the other candidates of the pack change nothing."""
+    """The score is that of `q y q o` alone, at o's last token; the other candidates of the pack change
+    nothing.
+    """
     found = scores("polar", policy, PROMPTS, EXPERTS, CANDIDATES, most)
     for q, y, group, row in zip(PROMPTS, EXPERTS, CANDIDATES, found):
         for o, D in zip(group, row):
@@ -84,7 +91,8 @@ def test_embedding_is_the_cosine_of_mean_states_of_the_backbone(policy, most):
     ).abs().max() > 0.01  # so the adapter would show
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+# ----------------------------------------------------------------------------------------------------------
+# pairs
 
 
 @pytest.mark.parametrize(
@@ -153,7 +161,8 @@ def test_pairs_that_cannot_be_used_are_counted_or_refused(tiny, capsys):
         expert_pairs(tiny, [short], c, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ learning, testing
+# ------------------------------------------------------------------------------------------------------
+# learning, testing
 
 
 def test_polar_learns_what_sets_the_expert_apart(tiny_file):
@@ -223,7 +232,8 @@ def test_a_reward_model_is_no_discriminator(tiny, tmp_path, capsys):
     assert "made by python uniapl.py discriminator" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------- teach
+# ----------------------------------------------------------------------------------------------------------
+# teach
 
 
 def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
@@ -297,3 +307,27 @@ def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
     )
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_runs_polar_discriminator_stays_with_it_and_repeats_it(tmp_path):
+    """Which of its checkpoints is kept hangs on rounding, so that another CPU could not repeat a run of
+    UniAPL.
+    """
+    small = "--model tiny --device cpu --quantize none --steps 1 --prompts-per-step 2 --group-size 2 --eval-prompts 2"
+    small += " --discriminator-pairs 20 --discriminator-epochs 1"
+    for name, kind in (("run", "polar"), ("again", tmp_path / "run" / "discriminator")):
+        flags = [*small.split(), "--discriminator", str(kind), "--out", str(tmp_path / name)]
+        assert train.main(UNIAPL, flags) == 0
+    assert {p.name for p in (tmp_path / "run" / "discriminator").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "discriminator.json",
+    }
+    assert not (tmp_path / "again" / "discriminator").exists()  # it was not trained there
+
+    def numbers(name):
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        unlike = ("time/", "memory/", "tokens/per_second")
+        return [{k: v for k, v in line.items() if not k.startswith(unlike)} for line in lines]
+
+    assert numbers("run") == numbers("again") and "score/policy" in numbers("run")[1]

@@ -112,11 +112,12 @@ def test_few_prompts_have_no_interval():
 # The sentence and the alarms
 
 
-def samples(rewards, expert=0.5, texts=None, floor=None, **columns):
-    """Held-out answers, one per reward, whose texts differ unless they are given."""
+def samples(rewards, expert=0.5, texts=None, floor=None, said=None, **columns):
+    """Held-out answers, one per reward, whose texts differ unless they are given; said: by every expert."""
     found = []
     for i, reward in enumerate(rewards):
-        sample = {"prompt": f"prompt {i}", "expert": f"expert {i}", "completion": f"answer {i} {reward}"}
+        sample = {"prompt": f"prompt {i}", "expert": said or f"expert {i}"}
+        sample["completion"] = f"answer {i} {reward}"
         sample |= {"reward": float(reward), "expert_reward": float(expert), "tokens": 4, "kl": 2.0}
         sample |= {"truncated": False, **columns}
         if texts is not None:
@@ -185,7 +186,7 @@ def test_a_sound_run_has_no_alarm():
             ["28% of the prompts", "'yes'", "before: 2%", "expert answers: 2%"],
         ),
         # a task whose expert answers are one text, too: there it is no collapse
-        (samples(SOUND, texts=["yes"] * 40, expert="yes"), []),
+        (samples(SOUND, texts=["yes"] * 40, said="yes"), []),
         (samples([0.5] * 40), ["every answer after training earns the same, 0.500"]),
         (samples(SOUND[:29]), ["29 held-out prompts are fewer than 30"]),
         (samples(SOUND, kl=8.0), []),  # 2 nats a token

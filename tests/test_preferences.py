@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import reward
+import reward_model
 from data import UserError, load_records
 from engine import measures, pairs
 from engine.report import report, report_pairs
@@ -74,7 +75,7 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
                 turns[1],
                 turns[0] | {"content": f"list {i} colors"},
             ],
-            "chosen": "red " * (1 + 59 * (i // 30 % 2)),
+            "chosen": "red " * (60 if i % 3 == 0 else 1),  # so all answers of a third of the dialogues
             "rejected": "cat",
             # a file that splits by turn, against better advice: six long ones, four short ones
             "split": "heldout" if i in range(30, 36) or i in range(6, 10) else "train",
@@ -92,8 +93,8 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
     def stop(*_, **__):
         raise UserError("far enough")
 
-    monkeypatch.setattr(reward, "usable_pairs", usable)
-    monkeypatch.setattr(reward, "fit_scorer", stop)
+    monkeypatch.setattr(pairs, "usable_pairs", usable)
+    monkeypatch.setattr(reward_model, "fit_scorer", stop)
     assert (
         reward.main(
             [

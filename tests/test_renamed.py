@@ -1,4 +1,4 @@
-"""y was called "reference" like the frozen model. What was written and typed under that name goes on being understood."""
+"""y was once called "reference", as the frozen model is. Logs and flags of that time are still understood."""
 
 import json
 
@@ -46,7 +46,9 @@ def test_the_old_flag_is_the_new_one():
 
 
 def test_a_run_with_the_old_names_is_resumed(tmp_path):
-    """config.json, metrics.jsonl and samples.jsonl as the former version left them, stopped after its first step."""
+    """config.json, metrics.jsonl and samples.jsonl as the former version left them, stopped after its first
+    step.
+    """
     run = RunFolder(tmp_path / "run")
 
     def stop_at_once(trainer, records):
