@@ -428,7 +428,7 @@ def load_reward(name):
         model = name.removeprefix("pairwise:").removeprefix("judge:")
         if not Path(model).exists() and "/" not in model and model != "tiny":
             raise UserError(
-                f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), pairwise:DIR, or judge:MODEL"
+                f"--reward {name}: choose verifier, FILE.py:FUNCTION, DIR, pairwise:DIR or judge:MODEL"
             )
         return None
     if not Path(path).is_file():
