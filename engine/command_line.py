@@ -118,10 +118,19 @@ def answer_early(configs, description, argv=None):
 def answer(read_flags):
     """answer_early for a program with a parser of its own: what read_flags() raises is its answer."""
     use_plain_streams()
+    sys.excepthook = say_stopped  # Ctrl-C in the imports to come, before exit_status takes over
     try:
         read_flags()
     except UserError as error:
         sys.exit(tell(error))
+
+
+def say_stopped(kind, error, trace):
+    """sys.excepthook: Ctrl-C is a line, anything else what Python makes of it."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("stopped; nothing was written")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def check_flags(configs, description, argv):

@@ -96,7 +96,7 @@ def draw(method, folder):
 
 
 def finish(trainer, folder, before, after):
-    """Everything that a finished run has and an interrupted one lacks; report.txt, written last, is the sign."""
+    """What a finished run has and an interrupted one lacks; report.txt, written last, is the sign."""
     if after is None:  # killed after its last checkpoint: nothing was left to train
         after = evaluate(trainer)
         draw(trainer.method, folder)
@@ -106,8 +106,8 @@ def finish(trainer, folder, before, after):
     write_whole(folder.report, text + "\n")
     print("\n" + text)
     print(
-        f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, report.txt, adapter/ (loads with "
-        "peft.PeftModel.from_pretrained)."
+        f"The run is in {folder.path}: curves.png, metrics.jsonl, samples.jsonl, report.txt, adapter/ (loads "
+        "with peft.PeftModel.from_pretrained)."
     )
     print(f"To try next: {trainer.method.next}; or go on from here: --from-adapter {folder.adapter}")
 

@@ -103,7 +103,7 @@ class RunFolder:
                 yield folder
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(folder.what_stands()) from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 error.run_folder = folder.path if folder.begun else None
                 raise
 

@@ -1,4 +1,4 @@
-"""The loop as its users meet it: the real script, its run folder, resume, Ctrl-C, and everything a user can get wrong."""
+"""The loop as its users meet it: the script, its folder, resume, Ctrl-C, and what a user can get wrong."""
 
 import dataclasses
 import json
@@ -181,7 +181,9 @@ def test_one_step_moves_lora_b_and_nothing_else():
 
 
 def test_all_rewards_equal_give_no_gradient_and_no_nan():
-    """An answer cut at the limit earns 0; when all are cut, and the reference fails too, nothing must move, NaN least of all."""
+    """An answer cut at the limit earns 0. When all are cut, and the expert fails too, nothing must move, NaN
+    least of all.
+    """
     t = trainer(reward_fn=lambda prompts, completions, **columns: [0.0] * len(prompts))
     before = {n: p.detach().clone() for n, p in t.params.items() if "lora_B" in n}
     metrics = GRAO.update(t, t.next_records())
@@ -235,7 +237,7 @@ def test_report_by_hand():
     assert "0.250 / 0.250 / 0.500" in text and "+0.250 (0.500)" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Bad input: one line on stderr that names the thing, status 2, nothing written
 
 
@@ -342,7 +344,9 @@ def test_damaged_checkpoint(finished, tmp_path, capsys):
 
 
 def test_full_disk(tmp_path):
-    """A file-size limit of 100 kB stands for the full disk: the checkpoint does not fit, and no part of the run stays behind."""
+    """A file-size limit of 100 kB stands for the full disk: the checkpoint does not fit, and no part of the
+    run stays behind.
+    """
     limit = lambda: (
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
