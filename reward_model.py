@@ -185,7 +185,8 @@ class Judge:
 
     @torch.no_grad()
     def log_odds(self, prompts, answers, experts):
-        """(N, 2): log p(verdict for the answer) - log p(for the expert answer), nats, with the answer as A and
+        """(N, 2): log p(verdict for the answer) - log p(for the expert answer), nats, with the answer as A
+        and
         as B. And the mean probability of A or B.
         """
         asked = [

@@ -36,7 +36,9 @@ class Gradient:
             self.parts[name] = [a + b for a, b in zip(before, found)]
 
     def finish(self) -> dict:
-        """Norms and cosines of the parts, weights included: they sum to the step's gradient, before clipping."""
+        """Norms and cosines of the parts, weights included: they sum to the step's gradient, before
+        clipping.
+        """
         norms, metrics = {}, {}
         for name, part in self.parts.items():
             for p, g in zip(self.params, part):

@@ -90,7 +90,8 @@ def shares(signs):
 
 def ras(rewards, reference_rewards):
     """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the
-    answer is rewarded above the expert answer y (the paper's y_ref), as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is
+    answer is rewarded above the expert answer y (the paper's y_ref), as it, and below it -> {"win", "tie",
+    "loss"}. The paper's RAS is
     "win".
 
     Two equally long sequences or tensors; ValueError on other lengths, none at all, or NaN. A tie is what
@@ -280,7 +281,8 @@ def measures(scores, lengths):
 
 
 def distinct(groups, n, ends):
-    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's samples, mean over prompts.
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's
+    samples, mean over prompts.
 
     groups: B lists of G lists of ids; ends: the EOS ids, which are left out. {} where no sample has n tokens.
     """

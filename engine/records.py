@@ -9,7 +9,8 @@ from data import UserError, load_records
 def read_records(c, method, verified):
     """The prompts that a run trains on and those that it is evaluated on -> two lists of records.
 
-    c: its settings; verified: whether the reward reads `constraints`. A run shorter than one pass over the data
+    c: its settings; verified: whether the reward reads `constraints`. A run shorter than one pass over the
+    data
     reads only the records it will use; where long ones are left out, others take their place, so then all are
     read. UserError where records lack a column that the reward or the method reads.
     """

@@ -94,7 +94,8 @@ def alarms(before, after):
 
 def few_prompts(after):
     if len(after) < FEWEST:
-        return f"{len(after)} held-out prompts are fewer than {FEWEST}: no interval is given, and it may be chance"
+        few = f"{len(after)} held-out prompts are fewer than {FEWEST}"
+        return f"{few}: no interval is given, and it may be chance"
 
 
 def empty_share(samples):

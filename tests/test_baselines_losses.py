@@ -29,7 +29,9 @@ def rand(*shape, seed=0, scale=1.0):
 
 
 def batch():
-    """logps, old_logps, ref_logps (N, T), advantages (N,): ratios on both sides of the clip, both signs of A."""
+    """logps, old_logps, ref_logps (N, T), advantages (N,): ratios on both sides of the clip, both signs of
+    A.
+    """
     old = -rand(N, T, seed=1).abs()
     return old + rand(N, T, seed=2, scale=0.3), old, old + rand(N, T, seed=3, scale=0.4), rand(N, seed=4)
 
@@ -282,7 +284,7 @@ def objectives(A, ratio, low=0.2, high=0.2):
 
     x = torch.tensor(ratio, dtype=torch.float64)
     losses = (grpo, ppo) if low == high else (grpo,)
-    return [(*map(float, value_and_grad(lambda x: f(x)[0], x)), f(x)[1]) for f in losses]
+    return [(*map(float, value_and_grad(lambda x, f=f: f(x)[0], x)), f(x)[1]) for f in losses]
 
 
 @pytest.mark.parametrize(
@@ -484,7 +486,7 @@ def test_explained_variance():
 
 
 def losses():
-    """name -> (loss(x, rows, width, denominator), denominator of the step); x is the differentiated (N, T)."""
+    """name -> (loss(x, rows, width, denominator), denominator of the step); x is differentiated (N, T)."""
     _, old, ref, A = batch()
     table = {}
     for per_response in (False, True):

@@ -1,4 +1,6 @@
-"""Bradley-Terry training of a role: loss and gradient against TRL's, its order, its seeds, which evaluation is kept."""
+"""Bradley-Terry training of a role: loss and gradient against TRL's, its order, its seeds, which evaluation
+is kept.
+"""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -89,9 +91,9 @@ def test_the_seed_decides_and_the_size_of_a_pass_does_not(load):
         for o in (dict(seed=0), dict(seed=0), dict(seed=0, max_tokens_per_pass=1), dict(seed=1))
     )
     assert all(map(torch.equal, a, b)) and not all(map(torch.equal, a, d))
-    for x, y in zip(
-        a, c
-    ):  # normalised by the batch, not by the pass; Adam's first steps are signs, so a rounding residue may move more
+    for x, y in zip(a, c):
+        # normalised by the batch, not by the pass; Adam's first steps are signs, so a rounding residue may
+        # move more
         torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
 
 
@@ -110,7 +112,9 @@ def test_the_loss_has_the_pairs_margins_and_the_centring_term(load):
 
 
 def test_the_best_parameters_are_kept_and_patience_ends_it(load):
-    """Held-out pairs that say the opposite: the more is learnt the worse, and the last parameters are the worst."""
+    """Held-out pairs that say the opposite: the more is learnt the worse, and the last parameters are the
+    worst.
+    """
     reversed_ = [(p, worse, better) for p, better, worse in pairs(12, 7)]
     policy, history = fitted(load, reversed_, epochs=8, eval_every=1, patience=3)
     best = max(line["held_out/accuracy"] for line in history)
@@ -139,7 +143,8 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
             [0.66, 0.60, 0.65, 0.66],
             3,
         ),  # what was best is left behind by a higher accuracy
-        # and then one that had been passed over may be the best: 0.79 leaves 0.745 behind, and 0.775 has less loss than it
+        # and then one that had been passed over may be the best: 0.79 leaves 0.745 behind, and 0.775 has
+        # less loss than it
         ([0.745, 0.775, 0.79, 0.6], [0.50, 0.55, 0.70, 0.9], 2),
     ],
 )

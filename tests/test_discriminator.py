@@ -116,7 +116,9 @@ def test_a_second_reference_is_another_text_of_the_same_kind(make, another):
 
 
 def test_roles_of_a_pair_are_random_and_never_the_same_text(tiny):
-    """A fixed order of the two experts, or a copy of the reference as the positive, is learnt in their place."""
+    """A fixed order of the two experts, or a copy of the reference as the positive, is learnt in their
+    place.
+    """
     c, records = config(max_new_tokens=24), load_records("tasks", "train", 200, seed=1, level="tiny")
     pairs, where = expert_pairs(tiny, records, c, 3), Counter()
     assert pairs == expert_pairs(tiny, records, c, 3)
@@ -313,7 +315,8 @@ def test_a_runs_polar_discriminator_stays_with_it_and_repeats_it(tmp_path):
     """Which of its checkpoints is kept hangs on rounding, so that another CPU could not repeat a run of
     UniAPL.
     """
-    small = "--model tiny --device cpu --quantize none --steps 1 --prompts-per-step 2 --group-size 2 --eval-prompts 2"
+    small = "--model tiny --device cpu --quantize none --steps 1 --prompts-per-step 2 --group-size 2"
+    small += " --eval-prompts 2"
     small += " --discriminator-pairs 20 --discriminator-epochs 1"
     for name, kind in (("run", "polar"), ("again", tmp_path / "run" / "discriminator")):
         flags = [*small.split(), "--discriminator", str(kind), "--out", str(tmp_path / name)]

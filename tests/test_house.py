@@ -1,4 +1,6 @@
-"""The house keeps its shape: imports run one way, the papers' files can be read, and the reading guide names what exists."""
+"""The house keeps its shape: imports run one way, the papers' files can be read, and the reading guide
+names what exists.
+"""
 
 import ast
 import re
@@ -21,7 +23,8 @@ LAYERS = [
 ]
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 LECTURES = ["minigrao.py", "uniapl.py", "baselines.py", "discriminator.py"]
-# uniapl stands on the baselines' losses; reward.py's file of commands is run, never imported by what is below it.
+# uniapl stands on the baselines' losses; reward.py's file of commands is run, never imported by what is
+# below it.
 BRANCHES = (ast.If, ast.For, ast.While, ast.IfExp, ast.comprehension, ast.Try, ast.BoolOp)
 
 

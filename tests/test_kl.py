@@ -56,7 +56,7 @@ def test_which_kl_each_estimator_follows(length):
     value, forward = value_and_grad(lambda x: exact_kl(x, phi, length), theta)
     _, reverse = value_and_grad(lambda x: exact_kl(x, phi, length, reverse=True), theta)
     for kl, gradient in (("k1", torch.zeros_like(theta)), ("k3", reverse), ("k3_ratio", forward)):
-        ours = value_and_grad(lambda x: expected(x, phi, length, kl), theta)
+        ours = value_and_grad(lambda x, kl=kl: expected(x, phi, length, kl), theta)
         torch.testing.assert_close(ours[0], value)  # unbiased in value, all three
         torch.testing.assert_close(ours[1], gradient)
     assert (forward - reverse).abs().max() > 0.05

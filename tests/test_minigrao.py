@@ -144,7 +144,7 @@ def test_an_unknown_group_is_refused():
 @pytest.mark.parametrize("B, G", SHAPES)
 @pytest.mark.parametrize("beta, lam", ((0.5, 0.6), (0.0, 0.6), (0.5, 0.0), (0.0, 0.0)))
 def test_loss_is_eq_3(B, G, group, beta, lam, without):
-    """Value, gradient and each ablation; the parts sum to the objective, of which the loss is the negative."""
+    """Value, gradient, each ablation; the parts sum to the objective, the loss is its negative."""
     J_expl, J_imit, A_o, A_y = batch(B, G, group)
     loss, parts = grao_loss(J_expl, J_imit, A_o, A_y, beta, lam, without)
     plain = [
