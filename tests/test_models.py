@@ -271,6 +271,7 @@ def test_two_that_convert_one_file_do_so_once(gguf, monkeypatch):
 )
 def test_policy_py_says_what_is_wrong_in_one_line(argv, words, tmp_path, capsys):
     """It printed argparse's usage, several lines without a word about the remedy."""
+    (tmp_path / "notes.txt").write_text("of the user")
     places = {"OUT": str(tmp_path / "out"), "HERE": str(tmp_path)}
     argv = [places.get(word, word) for word in argv]
     assert policy_module.main(argv) == 2
