@@ -22,14 +22,16 @@ completions are strings or message lists.
 """
 
 import json
-import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from data import UserError
 from engine.command_line import answer_early, choose_command, exit_status, parse
 from engine.settings import check_settings, same, setting
+from engine.user_rewards import checked_rewards, load_function
 
 
 @dataclass
@@ -177,34 +179,19 @@ def verifier(prompts, completions, constraints, truncated=None, min_words=None, 
     return rewards
 
 
-def checked_rewards(reward_fn, prompts, completions, columns):
-    """Call a user's reward function -> list[float]; what goes wrong in it becomes a one-line UserError."""
-    name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
-    try:
-        rewards = reward_fn(prompts=prompts, completions=completions, **columns)
-    except UserError:
-        raise
-    except Exception as error:  # the function is the user's: anything can come out of it
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"reward function {name}: raised {type(error).__name__}: {reason}") from error
-    rewards = rewards.tolist() if hasattr(rewards, "tolist") else rewards  # an array or a tensor
-    if not isinstance(rewards, (list, tuple)):
+def load_reward(name: str) -> Callable | None:
+    """verifier, or a function of the user's own file; None for a model, loaded once the policy is there."""
+    if name == "verifier":
+        return verifier
+    if name.rpartition(":")[0].endswith(".py"):
+        return load_function(name)
+    model = name.removeprefix("pairwise:").removeprefix("judge:")
+    if not Path(model).exists() and "/" not in model and model != "tiny":
         raise UserError(
-            f"reward function {name}: returned {type(rewards).__name__}; return one number per completion"
+            f"--reward {name}: choose verifier, FILE.py:FUNCTION, a reward model (DIR or hub name), "
+            "pairwise:DIR, or judge:MODEL"
         )
-    if len(rewards) != len(completions):
-        raise UserError(
-            f"reward function {name}: returned {len(rewards)} rewards for {len(completions)} completions"
-        )
-    rewards = [value.tolist() if hasattr(value, "tolist") else value for value in rewards]
-    for i, value in enumerate(rewards):
-        if isinstance(value, (list, tuple)):
-            raise UserError(
-                f"reward function {name}: item {i} is a list; return one number, not one per token"
-            )
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise UserError(f"reward function {name}: item {i} is {value!r}; return a finite number")
-    return [float(value) for value in rewards]
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -230,9 +217,9 @@ class ModelReward:
 
     def __call__(self, prompts, completions, truncated=None, chosen=None, **columns):
         texts = [last_text(c, "assistant") for c in completions]
-        references = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
+        experts = [last_text(y, "assistant") for y in chosen] if self.pairwise else texts
         keys, groups = [json.dumps(p) for p in prompts], {}  # prompt -> its different texts, in order
-        for key, text, y in zip(keys, texts, references, strict=True):
+        for key, text, y in zip(keys, texts, experts, strict=True):
             if not self.pairwise or text != y:
                 groups.setdefault(key, {}).update({text: None, y: None})
         prompt_of = dict(zip(keys, prompts))
@@ -245,17 +232,17 @@ class ModelReward:
         if not self.pairwise:
             scores = [groups[key][text] for key, text in zip(keys, texts)]
             return (np.array(scores) - self.penalty * cut).tolist()
-        return self.signs(groups, keys, texts, references, cut)
+        return self.signs(groups, keys, texts, experts, cut)
 
-    def signs(self, groups, keys, texts, references, cut):
+    def signs(self, groups, keys, texts, experts, cut):
         """The sign of each difference, 0 for a tie; a text against itself is one, and where it was cut, a
         loss.
         """
         rewards = np.where(self.penalty * cut > self.tie_band, -1.0, 0.0)
-        differ = [i for i, (text, y) in enumerate(zip(texts, references)) if text != y]
+        differ = [i for i, (text, y) in enumerate(zip(texts, experts)) if text != y]
         if differ:
             scores = np.array([groups[keys[i]][texts[i]] for i in differ]) - self.penalty * cut[differ]
-            expert = np.array([groups[keys[i]][references[i]] for i in differ])
+            expert = np.array([groups[keys[i]][experts[i]] for i in differ])
             beyond = np.abs(scores - expert) > self.tie_band
             rewards[differ] = compare(scores, expert) * beyond
         return rewards.tolist()
@@ -331,8 +318,8 @@ def judge_samples(config, judge):
     before, after = read_samples(config)
     cases = []
     for s in before + after:
-        if s["completion"] != s["reference"]:
-            cases.append((s["prompt"], s["completion"], s["reference"]))
+        if s["completion"] != s["expert"]:
+            cases.append((s["prompt"], s["completion"], s["expert"]))
     print_position(cases, judge)
     print_samples(config.samples, f"{judge.__name__}, {config.criterion}: +1, 0 or -1", judge, before, after)
 

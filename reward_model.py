@@ -4,7 +4,6 @@ in engine/bradley_terry.py.
 
 import hashlib
 import json
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -12,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
 
 from data import UserError
-from data.messages import last_text, messages, shown_prompt
+from data.messages import last_text, messages
 from engine.bradley_terry import fit_scorer, group_scores, micro_batches
+from engine.classifier import Classifier, refuse_longer
 from engine.command_line import Stop
 from engine.draw import draw_calibration
 from engine.folders import whole_directory, write_whole
 from engine.measures import measures
-from engine.models import find_model, first_line, pick_device, pick_dtype, quiet
+from engine.models import TINY, find_model, first_line
 from engine.pairs import read_sets, split_sets
 from engine.record import environment
 from engine.report import report_pairs
@@ -50,111 +49,6 @@ class RoleScorer:
         return group_scores(self.policy, self.role, ids, answers, self.most)
 
 
-class Classifier:
-    """Any sequence-classification checkpoint with one output, with its own tokenizer and chat template.
-    Called as RoleScorer; the score is logits[0] of the whole templated conversation, as transformers gives it
-    (its templates write BOS and EOS themselves: none is added). It is loaded in the compute type, whatever
-    --quantize says.
-    """
-
-    def __init__(self, name, device="auto", dtype="auto", most=4096):
-        self.name, self.most, self.device = name, most, pick_device(device)
-        source = find_model(name)
-        options = dict(
-            use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
-        )
-        try:
-            with quiet():
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                    source, trust_remote_code=False, local_files_only=True
-                )
-                model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-                    source, dtype=pick_dtype(dtype, self.device, name), **options
-                )
-        except Exception as error:  # as in Policy.load
-            raise UserError(
-                f"reward model {name}: cannot be loaded as a sequence classifier with safetensors weights "
-                f"({first_line(error)})"
-            ) from error
-        if info["missing_keys"]:  # transformers makes up the weights that a checkpoint lacks
-            raise UserError(
-                f"reward model {name}: has no scalar head ({sorted(info['missing_keys'])[0]} is missing); "
-                "is it a plain language model?"
-            )
-        if model.config.num_labels != 1:
-            raise UserError(
-                f"reward model {name}: its head has {model.config.num_labels} outputs; a score is one number"
-            )
-        if len(self.tokenizer) > len(model.get_input_embeddings().weight):
-            raise UserError(
-                f"reward model {name}: its tokenizer has {len(self.tokenizer)} tokens and the model "
-                f"{len(model.get_input_embeddings().weight)}; "
-                "they do not belong together"
-            )
-        self.model = model.to(self.device).eval()
-        self.context = getattr(model.config, "max_position_embeddings", None) or 2**31
-        self.pad = model.config.get_text_config().pad_token_id
-
-    def encode(self, prompt, answer):
-        if self.tokenizer.chat_template is None:  # encoders such as DeBERTa take a pair of texts
-            return self.tokenizer("\n".join(m["content"] for m in messages(prompt)), answer)["input_ids"]
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [*messages(prompt), {"role": "assistant", "content": answer}], tokenize=False
-            )
-        except Exception as error:  # see Policy.encode_prompt
-            raise UserError(
-                f"reward model {self.name}: its chat template refuses the prompt {shown_prompt(prompt)} "
-                f"({first_line(error)})"
-            ) from error
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def tokens(self, prompt, answer):
-        return len(self.encode(prompt, answer))
-
-    @torch.no_grad()
-    def __call__(self, prompts, groups):
-        texts = [self.encode(prompt, answer) for prompt, group in zip(prompts, groups) for answer in group]
-        for prompt, ids in zip([prompt for prompt, group in zip(prompts, groups) for _ in group], texts):
-            refuse_longer(len(ids), self.context, prompt)
-        scores, batch = [0.0] * len(texts), []
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        for at, i in enumerate(order):
-            batch.append(i)
-            full = at + 1 == len(order) or (len(batch) + 1) * len(texts[order[at + 1]]) > self.most
-            if (
-                full or self.pad is None
-            ):  # transformers finds the last token by the padding's id, and takes one text at a time without
-                longest = len(texts[i])
-                ids = torch.tensor(
-                    [texts[j] + [self.pad] * (longest - len(texts[j])) for j in batch], device=self.device
-                )
-                mask = torch.arange(longest, device=self.device) < torch.tensor(
-                    [[len(texts[j])] for j in batch], device=self.device
-                )
-                for j, score in zip(
-                    batch, self.model(input_ids=ids, attention_mask=mask.long()).logits[:, 0].tolist()
-                ):
-                    scores[j] = score
-                batch = []
-        if not all(map(math.isfinite, scores)):
-            raise UserError(
-                f"reward model {self.name}: gave a score that is not finite; "
-                "its weights, or --dtype bfloat16, may be at fault"
-            )
-        scores = iter(scores)
-        return [[next(scores) for _ in group] for group in groups]
-
-
-def refuse_longer(tokens, context, prompt):
-    if tokens > context:
-        raise UserError(
-            f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, "
-            f"beyond the context of {context}; "
-            "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)"
-        )
-
-
 def tokenizer_print(tokenizer):
     """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat
     template tell.
@@ -176,7 +70,9 @@ def find_scorer(name):
     return Path(name if (Path(name) / "adapter_config.json").is_file() else find_model(name))
 
 
-def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
+def load_scorer(
+    name: str, policy: Policy | None = None, most: int = 4096, device: str = "auto", dtype: str = "auto"
+) -> "RoleScorer | Classifier":
     """The scorer of a directory or hub name: RoleScorer of a saved role, or Classifier.
 
     A role saved for `policy`'s backbone becomes a frozen role of it, and no weights are loaded twice;
@@ -185,19 +81,7 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
     directory = find_scorer(name)
     if not (directory / "adapter_config.json").is_file():
         return Classifier(name, device, dtype, most)
-    try:
-        base = json.loads((directory / "adapter_config.json").read_text())["base_model_name_or_path"]
-        info = (
-            json.loads((directory / "reward_model.json").read_text())
-            if (directory / "reward_model.json").is_file()
-            else {}
-        )
-        quantize = info.get("settings", {}).get("quantize", "none")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})"
-        ) from error
-    base = "tiny" if base == "data/tiny" else str(base)
+    base, quantize, tokenizer = read_about(directory, name)
     try:
         shared = policy is not None and os.path.realpath(find_model(base)) == os.path.realpath(policy.source)
         if not shared:
@@ -206,19 +90,42 @@ def load_scorer(name, policy=None, most=4096, device="auto", dtype="auto"):
         raise UserError(f"reward model {name}: its base, {base}, is not to be had: {error}") from error
     role = f"reward{len(policy.heads) or ''}"
     parameters = policy.add_role(role, directory)
-    if info.get("tokenizer") not in (None, tokenizer_print(policy.tokenizer)):
+    if tokenizer not in (None, tokenizer_print(policy.tokenizer)):
         raise UserError(
             f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; "
             "train it again"
         )
-    held = parameters.values() if shared else policy.hf.parameters()
-    size = sum(p.numel() * p.element_size() for p in held)
-    backbone = "on the same backbone" if shared else "with a backbone of its own"
-    said = f"reward model {name}: {backbone}, {base}, {size / 2**20:.1f} MiB"
+    weights = parameters.values() if shared else policy.hf.parameters()
+    size = sum(p.numel() * p.element_size() for p in weights)
+    note = (
+        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}"
+    )
+    note += f", {size / 2**20:.1f} MiB"
     if quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none"):
-        said += f"; it was trained with --quantize {quantize}, so scores here are a little different"
-    print(said, file=sys.stderr)
+        note += f"; it was trained with --quantize {quantize}, so scores here are a little different"
+    print(note, file=sys.stderr)
     return RoleScorer(policy, role, most)
+
+
+def read_about(directory, name):
+    """A saved reward model -> its base (a name for Policy.load), its quantisation, its tokenizer's print or
+    None.
+    """
+    about = directory / "reward_model.json"
+    try:
+        base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))[
+            "base_model_name_or_path"
+        ]
+        info = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        quantize, tokenizer = info.get("settings", {}).get("quantize", "none"), info.get("tokenizer")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"reward model {name}: adapter_config.json or reward_model.json is damaged ({first_line(error)})"
+        ) from error
+    # The embedded model is named by its path, once as data/tiny; another clone has it at another place.
+    gone = not Path(str(base)).is_dir() and info.get("base") == "tiny"
+    embedded = gone or base == "data/tiny" or os.path.realpath(str(base)) == os.path.realpath(TINY)
+    return "tiny" if embedded else str(base), quantize, tokenizer
 
 
 CRITERIA = {
@@ -277,12 +184,13 @@ class Judge:
         )
 
     @torch.no_grad()
-    def log_odds(self, prompts, answers, references):
-        """(N, 2): log p(verdict for the answer) - log p(for the reference), nats, with the answer as A and as
-        B. And the mean probability of A or B.
+    def log_odds(self, prompts, answers, experts):
+        """(N, 2): log p(verdict for the answer) - log p(for the expert answer), nats, with the answer as A
+        and
+        as B. And the mean probability of A or B.
         """
         asked = [
-            self.question(*x) for p, o, y in zip(prompts, answers, references) for x in ((p, o, y), (p, y, o))
+            self.question(*x) for p, o, y in zip(prompts, answers, experts) for x in ((p, o, y), (p, y, o))
         ]
         for prompt, ids in zip([p for p in prompts for _ in "AB"], asked):
             refuse_longer(len(ids) + 1, self.policy.context, prompt)

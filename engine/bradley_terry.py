@@ -104,6 +104,7 @@ def fit_scorer(policy, role, pairs, held_out, *, log=None, folder=None, stop=Non
         if asked and not fit.finished:
             return None
     fit.keep_best()
+    policy.fitted[role] = fit.history  # a run that goes on with this role keeps it: Policy.save_fitted
     return fit.history
 
 

@@ -17,7 +17,7 @@ import warnings
 from pathlib import Path
 
 from data.errors import UserError, first_line
-from engine.settings import PRESETS, check_ranges
+from engine.settings import PRESETS, RENAMED_SETTINGS, check_ranges
 
 
 class HelpShown(SystemExit):
@@ -47,17 +47,24 @@ def parse(config_class, argv, description):
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for f in dataclasses.fields(config_class):
-        flag = "--" + f.name.replace("_", "-")
+        flags = spellings(f.name)
         options = {
+            "dest": f.name,
             "default": argparse.SUPPRESS,
             "help": (f.metadata["help"] + shown_default(config_class, f)).replace("%", "%%"),
         }
         if f.type is bool:
-            parser.add_argument(flag, action="store_true", **options)
+            parser.add_argument(*flags, action="store_true", **options)
         else:
             metavar = "|".join(f.metadata["choices"] or [f.type.__name__.upper()])
-            parser.add_argument(flag, type=f.type, metavar=metavar, **options)
+            parser.add_argument(*flags, type=f.type, metavar=metavar, **options)
     return vars(parser.parse_args(argv))
+
+
+def spellings(name):
+    """A setting's flag, and the former ones that still stand for it."""
+    names = [name, *(old for old, new in RENAMED_SETTINGS.items() if new == name)]
+    return ["--" + name.replace("_", "-") for name in names]
 
 
 def shown_default(config_class, f):
@@ -111,10 +118,19 @@ def answer_early(configs, description, argv=None):
 def answer(read_flags):
     """answer_early for a program with a parser of its own: what read_flags() raises is its answer."""
     use_plain_streams()
+    sys.excepthook = say_stopped  # Ctrl-C in the imports to come, before exit_status takes over
     try:
         read_flags()
     except UserError as error:
         sys.exit(tell(error))
+
+
+def say_stopped(kind, error, trace):
+    """sys.excepthook: Ctrl-C is a line, anything else what Python makes of it."""
+    if issubclass(kind, KeyboardInterrupt):
+        say("stopped; nothing was written")
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def check_flags(configs, description, argv):

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from data.errors import UserError, first_line
+from engine.metrics import renamed
 
 try:
     import fcntl
@@ -293,11 +294,11 @@ class Damaged(UserError, ValueError):
 
 
 def read_jsonl(path):
-    """The objects of a .jsonl file. Damaged, naming the line, for one that is none."""
+    """The objects of a .jsonl file, by today's names. Damaged, naming the line, for one that is none."""
     lines = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
-            lines.append(parse_object(line, f"{path}, line {number}"))
+            lines.append(renamed(parse_object(line, f"{path}, line {number}")))
     return lines
 
 

@@ -90,7 +90,8 @@ def shares(signs):
 
 def ras(rewards, reference_rewards):
     """Relative Adversarial Score (GRAO, arXiv 2508.07750): shares of the queries, in [0, 1], on which the
-    answer is rewarded above its reference, as it, and below it -> {"win", "tie", "loss"}. The paper's RAS is
+    answer is rewarded above the expert answer y (the paper's y_ref), as it, and below it -> {"win", "tie",
+    "loss"}. The paper's RAS is
     "win".
 
     Two equally long sequences or tensors; ValueError on other lengths, none at all, or NaN. A tie is what
@@ -149,8 +150,8 @@ def column(samples, name):
 def against_expert(samples):
     """compare of each answer's reward with its expert answer's -> (N,). An answer that was cut is not the
     text that the expert wrote."""
-    same = [s["completion"] == s["reference"] and not s["truncated"] for s in samples]
-    return compare(column(samples, "reward"), column(samples, "reference_reward"), same)
+    same = [s["completion"] == s["expert"] and not s["truncated"] for s in samples]
+    return compare(column(samples, "reward"), column(samples, "expert_reward"), same)
 
 
 def against_before(before, after):
@@ -173,7 +174,7 @@ def summary(samples):
         "reward": float(rewards.mean()),
         "low": low,
         "high": high,
-        "reference": float(column(samples, "reference_reward").mean()),
+        "expert": float(column(samples, "expert_reward").mean()),
         "std": float(rewards.std()),
         "q25": q25,
         "median": median,
@@ -277,3 +278,18 @@ def measures(scores, lengths):
         "rejected_mean": float(worse.mean()),
         "rejected_std": float(worse.std()),
     }
+
+
+def distinct(groups, n, ends):
+    """{"distinct/n": share} (Li et al., arXiv 1510.03055): different n-grams over all of a prompt's
+    samples, mean over prompts.
+
+    groups: B lists of G lists of ids; ends: the EOS ids, which are left out. {} where no sample has n tokens.
+    """
+    shares = []
+    for group in groups:
+        texts = [[t for t in ids if t not in ends] for ids in group]
+        grams = [tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1)]
+        if grams:
+            shares.append(len(set(grams)) / len(grams))
+    return {f"distinct/{n}": sum(shares) / len(shares)} if shares else {}

@@ -10,7 +10,7 @@ METRICS = {
     "reward/q25": ("reward", "lower quartile of the samples' rewards"),
     "reward/median": ("reward", "median of the samples' rewards"),
     "reward/q75": ("reward", "upper quartile of the samples' rewards"),
-    "reward/reference": ("reward", "mean reward of the step's reference answers: flat, the line to cross"),
+    "reward/expert": ("reward", "mean reward of the step's expert answers: flat, the line to cross"),
     "groups/no_signal": (
         "share",
         "groups whose samples all earn the same; near 1 nothing is left to compare",
@@ -21,11 +21,13 @@ METRICS = {
     "length/truncated": ("share", "samples cut at max_new_tokens; should fall"),
     "kl/k1": (
         "nats/token",
-        "mean of log pi - log pi_ref over sampled tokens; unbiased for KL(pi || ref), can be negative on a batch",
+        "mean of log pi - log pi_ref over sampled tokens; unbiased for KL(pi || ref), can be negative on "
+        "a batch",
     ),
     "kl/k3": (
         "nats/token",
-        "mean of exp(-d) - 1 + d, d = log pi - log pi_ref; never negative, 0 at the first step, then grows slowly",
+        "mean of exp(-d) - 1 + d, d = log pi - log pi_ref; never negative, 0 at the first step, then "
+        "grows slowly",
     ),
     "entropy": (
         "nats/token",
@@ -39,7 +41,8 @@ METRICS = {
     "ratio/max": ("-", "largest pi / pi_old of the step; exactly 1 with one update for each rollout"),
     "clip/low": (
         "share",
-        "tokens with A < 0 whose ratio is below the clip range, so without gradient; 0 with one update, else under 0.2",
+        "tokens with A < 0 whose ratio is below the clip range, so without gradient; 0 with one update, "
+        "else under 0.2",
     ),
     "clip/high": ("share", "tokens with A > 0 whose ratio is above it; likewise"),
     "kl/update": (
@@ -62,13 +65,42 @@ METRICS = {
     "eval/q25": ("reward", "lower quartile over them"),
     "eval/median": ("reward", "median"),
     "eval/q75": ("reward", "upper quartile"),
-    "eval/reference": ("reward", "mean reward of the held-out references"),
+    "eval/expert": ("reward", "mean reward of the held-out expert answers"),
     "eval/kl": (
         "nats/answer",
-        "KL(pi || ref) of whole answers to held-out prompts: mean of log pi - log pi_ref of the samples; 0 at the start",
+        "KL(pi || ref) of whole answers to held-out prompts: mean of log pi - log pi_ref of the samples; "
+        "0 at the start",
     ),
-    "eval/logp_reference": (
+    "eval/logp_expert": (
         "nats/token",
-        "mean J_imit of the held-out references, at the sampling temperature; rises while the policy imitates",
+        "mean J_imit of the held-out expert answers, at the sampling temperature; rises while the policy "
+        "imitates",
     ),
 }
+
+# What logs of earlier versions call them. y is the expert answer throughout; "reference" is the frozen
+# model alone.
+RENAMED = {
+    "reward/reference": "reward/expert",
+    "logp/reference": "logp/expert",
+    "advantage/reference": "advantage/expert",
+    "eval/reference": "eval/expert",
+    "eval/logp_reference": "eval/logp_expert",
+    # samples.jsonl
+    "reference": "expert",
+    "reference_reward": "expert_reward",
+    "reference_tokens": "expert_tokens",
+    "logp_reference": "logp_expert",
+    "judge_reference_reward": "judge_expert_reward",
+}
+
+
+def renamed(line):
+    """A line of metrics.jsonl or samples.jsonl (a dict, or a list of them) by today's names, whenever it
+    was written.
+    """
+    if isinstance(line, list) and line and isinstance(line[0], dict):
+        return [renamed(item) for item in line]
+    if not isinstance(line, dict):
+        return line
+    return {RENAMED.get(name, name): renamed(value) for name, value in line.items()}

@@ -155,7 +155,7 @@ def read_samples(config):
         lines = read_jsonl(Path(config.samples))
         steps = sorted({line["step"] for line in lines})
         before, after = ([line for line in lines if line["step"] == step] for step in (steps[0], steps[-1]))
-        wanted = ("prompt", "reference", "completion", "reward", "reference_reward", "truncated")
+        wanted = ("prompt", "expert", "completion", "reward", "expert_reward", "truncated")
         if (
             len(steps) < 2
             or [x["prompt"] for x in before] != [x["prompt"] for x in after]

@@ -38,6 +38,7 @@ from engine.folders import (
     whole_directory,
     write_whole,
 )
+from engine.settings import RENAMED_SETTINGS
 
 try:
     import resource
@@ -46,8 +47,8 @@ except ImportError:  # Windows
 
 # Of config.json and what stands beside it. 1 (no number): without report.txt; 2: with it.
 FORMAT = 2
-SAMPLE_TEXTS = ("reference", "completion")  # of a line of samples.jsonl, beside its prompt
-SAMPLE_NUMBERS = ("reward", "reference_reward", "tokens", "kl", "logp_reference")
+SAMPLE_TEXTS = ("expert", "completion")  # of a line of samples.jsonl, beside its prompt
+SAMPLE_NUMBERS = ("reward", "expert_reward", "tokens", "kl", "logp_expert")
 
 
 def is_run(path):
@@ -102,7 +103,7 @@ class RunFolder:
                 yield folder
             except KeyboardInterrupt as error:
                 raise KeyboardInterrupt(folder.what_stands()) from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 error.run_folder = folder.path if folder.begun else None
                 raise
 
@@ -131,6 +132,7 @@ class RunFolder:
             started.write_samples(samples)
             started.log(metrics)
             started.save(trainer)
+            trainer.policy.save_fitted(tmp)
         self.begun = True
 
     def log(self, metrics):
@@ -171,6 +173,7 @@ class RunFolder:
         settings = content.get("settings")
         if not isinstance(settings, dict):
             raise Damaged(f"--resume: {self.config}: is damaged (it has no settings)")
+        settings = {RENAMED_SETTINGS.get(name, name): value for name, value in settings.items()}
         fields = {f.name: f for f in dataclasses.fields(method.config)}
         for name, value in settings.items():
             if name not in fields:

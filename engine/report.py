@@ -22,9 +22,9 @@ EMPTY = 0.05  # share of empty answers
 IDENTICAL = 0.25  # share of the prompts that get one and the same answer
 CUT = 0.5  # share of answers cut at the length limit
 FAILING = 0.5  # share of expert answers without reward
-# KL(pi || ref), nats for each token of an answer. Of 325 runs of the study the 306 that gained reward end
-# below 1.7, imitation of foreign texts included, and the seven that end above 2 all lost reward. At 2 a token
-# is e^2 = 7 times as likely as under the reference, on average.
+# KL(pi || ref), nats for each token of an answer. In the study's runs the sound ones end below 1.5, imitation
+# of foreign texts included; of the eight above 2 seven had lost most of their reward. At 2 a token is e^2 = 7
+# times as likely as under the reference, on average.
 KL_SCALE = 2.0
 
 
@@ -57,7 +57,7 @@ def movement(before, after):
     if found is None:
         went, certainty = "went", f"over {len(new)} prompts, too few to tell it from chance"
     elif went == "went":
-        certainty = f"paired over {len(new)} prompts: it may be chance"
+        certainty = f"paired over {len(new)} prompts, which may be chance"
     else:
         certainty = f"paired over {len(new)} prompts"
     return f"Held-out reward {went} from {old.mean():.3f} to {new.mean():.3f} ({difference}, {certainty})"
@@ -65,7 +65,7 @@ def movement(before, after):
 
 def opening(before, after):
     """The run in one sentence: from, to, against the expert answers and the floor, with what certainty."""
-    new, expert = column(after, "reward"), column(after, "reference_reward")
+    new, expert = column(after, "reward"), column(after, "expert_reward")
     text = f"{movement(before, after)}: {standing(new - expert)} the expert answers' {expert.mean():.3f}"
     if "floor_reward" in after[0]:
         floor = column(after, "floor_reward")
@@ -120,7 +120,7 @@ def most_given(samples, key="completion"):
 
 def identical_answers(before, after):
     text, share = most_given(after)
-    expert = most_given(after, "reference")[1]
+    expert = most_given(after, "expert")[1]
     if share * len(after) > 1 and share > max(IDENTICAL, expert):
         return (
             f"{share:.0%} of the prompts get one and the same answer after training, {shown(text, 60)!r} "
@@ -150,7 +150,7 @@ def far_from_reference(after):
 
 def failing_experts(before, after):
     """Only where a reward is 1 or 0, passed or failed: another scale does not say what failing is."""
-    expert = column(after, "reference_reward")
+    expert = column(after, "expert_reward")
     everything = np.concatenate([expert, column(before, "reward"), column(after, "reward")])
     failed = (expert == 0).mean()
     if np.isin(everything, (0.0, 1.0)).all() and failed >= FAILING:
@@ -189,7 +189,7 @@ def table(before, after):
     row("mean reward [95 % interval]", lambda s: f"{s['reward']:.3f}{bracket(limits(s))}")
     row("  deviation", lambda s: f"{s['std']:.3f}")
     row("  quartiles", lambda s: f"{s['q25']:.3f} / {s['median']:.3f} / {s['q75']:.3f}")
-    row("expert answers' reward", lambda s: f"{s['reference']:.3f}")
+    row("expert answers' reward", lambda s: f"{s['expert']:.3f}")
     if "floor" in a:
         row("no-skill floor (constant answer)", lambda s: f"{s['floor']:.3f}")
     row("RAS win / tie / loss", lambda s: "{win:.3f} / {tie:.3f} / {loss:.3f}".format(**s["ras"]))
@@ -218,7 +218,7 @@ def constraint_table(before, after):
     for kind in types:
         old, n = constraint_share(before, "completion", kind)
         new, _ = constraint_share(after, "completion", kind)
-        expert, _ = constraint_share(after, "reference", kind)
+        expert, _ = constraint_share(after, "expert", kind)
         text += f"  {kind:<30}{old:>24.2f}{new:>24.2f}{expert:>14.2f}{n:>6}\n"
     return text
 
@@ -241,7 +241,7 @@ def examples(before, after, count=4):
     for old, new in list(zip(before, after))[:count]:
         prompt = new["prompt"] if isinstance(new["prompt"], str) else new["prompt"][-1]["content"]
         text += f"\nprompt     {shown(prompt)}\n"
-        text += f"expert     {shown(new['reference'])}  ({new['reference_reward']:.3g})\n"
+        text += f"expert     {shown(new['expert'])}  ({new['expert_reward']:.3g})\n"
         text += f"before     {shown(old['completion'])}  ({old['reward']:.3g})\n"
         text += f"after      {shown(new['completion'])}  ({new['reward']:.3g})\n"
         if "floor_reward" in new:
@@ -263,7 +263,7 @@ def by_reward(before, after):
         won = f"{s['ras']['win']:.3f}{bracket(s['ras_interval'])}"
         lines.append(
             f"{word:<8}reward {s['reward']:.3f} (deviation {s['std']:.3f}, "
-            f"quartiles {s['q25']:.3f} {s['median']:.3f} {s['q75']:.3f}), expert {s['reference']:.3f}; "
+            f"quartiles {s['q25']:.3f} {s['median']:.3f} {s['q75']:.3f}), expert {s['expert']:.3f}; "
             f"RAS {won} / {s['ras']['tie']:.3f} / {s['ras']['loss']:.3f}"
         )
     signs = against_before(before, after)
@@ -291,14 +291,14 @@ def rescored(reward_fn, samples):
     """The samples with the rewards that `reward_fn` gives to them and to their expert answers. The recorded
     floor is of another reward.
     """
-    prompts, experts = [s["prompt"] for s in samples], [s["reference"] for s in samples]
+    prompts, experts = [s["prompt"] for s in samples], [s["expert"] for s in samples]
     cut = [s["truncated"] for s in samples]
     rewards = reward_fn(prompts, [s["completion"] for s in samples], chosen=experts, truncated=cut)
     expert_rewards = reward_fn(prompts, experts, chosen=experts)
     found = []
     for sample, reward, expert in zip(samples, rewards, expert_rewards, strict=True):
         kept = {name: value for name, value in sample.items() if name != "floor_reward"}
-        found.append(kept | {"reward": reward, "reference_reward": expert})
+        found.append(kept | {"reward": reward, "expert_reward": expert})
     return found
 
 

@@ -44,6 +44,10 @@ PRESETS = {
 }
 
 
+# Former spelling -> today's: the flags go on working, and runs that were started with them can be resumed.
+RENAMED_SETTINGS = {"max_reference_tokens": "max_expert_tokens"}
+
+
 @dataclass
 class Config:
     presets = {}  # what a method changes in PRESETS: {"tiny": {...}, "chat": {...}}
@@ -105,8 +109,8 @@ class Config:
     max_prompt_tokens: int = setting(
         0, "leave out records with a longer prompt, tokens (0: no limit)", low=0, high=10**6
     )
-    max_reference_tokens: int = setting(
-        0, "leave out records with a longer reference answer, tokens (0: no limit)", low=0, high=10**6
+    max_expert_tokens: int = setting(
+        0, "leave out records with a longer expert answer, tokens (0: no limit)", low=0, high=10**6
     )
     eval_every: int = setting(
         None, "steps between evaluations on held-out prompts and between checkpoints", low=1, high=10**6
@@ -182,7 +186,7 @@ class DiscriminatorConfig:
     quantize: str = same("quantize")
     data: str = setting(
         "tasks",
-        "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python -m data.teach writes it",
+        "tasks (built in), or FILE.jsonl[.gz] with a column 'experts' as python uniapl.py teach writes it",
     )
     from_adapter: str = setting(None, "tell the expert from this policy (a directory), not from the base")
     pairs: int = setting(
@@ -202,6 +206,28 @@ class DiscriminatorConfig:
     dtype: str = same("dtype")
     out: str = setting(None, "directory to write")
     overwrite: bool = setting(False, "replace an earlier discriminator in --out")
+
+
+@dataclass
+class TeachConfig:
+    """python uniapl.py teach; here, because discriminator.py imports torch."""
+
+    presets = {}
+
+    model: str = setting(None, "the teacher: a hub name, a directory, a .gguf file, or tiny")
+    adapter: str = setting(None, "a LoRA adapter of it, such as runs/NAME/adapter")
+    quantize: str = setting("none", "nf4: 4-bit weights", choices=("nf4", "none"))
+    data: str = setting("tasks", "tasks (built in) or FILE.jsonl with 'constraints'")
+    level: str = setting(
+        None, "of the tasks: tiny or chat [tiny for --model tiny, else chat]", choices=("tiny", "chat")
+    )
+    out: str = setting(None, "JSONL file to write; must not exist")
+    prompts: int = setting(1000, "prompts of the training split", low=1, high=10**6)
+    samples: int = setting(8, "answers to each", low=1, high=1024)
+    max_new_tokens: int = setting(128, "longest answer, tokens", low=1, high=32768)
+    temperature: float = same("temperature")
+    seed: int = same("seed")
+    device: str = same("device")
 
 
 @dataclass(frozen=True)

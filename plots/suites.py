@@ -2,16 +2,18 @@
 
     grid("tiny") -> [Run, ...]        what plots/compare.py runs and plots/figures.py draws
 
-A method's name is its name everywhere: folder, table, figure, colour. To add a run, add a line to METHODS and its name to a part.
+A method's name is its name everywhere: folder, table, figure, colour. To add a run, add a line to METHODS and
+its name to a part.
 
-Budgets are equal in two ways: every run of a suite takes the same optimisation steps, with one optimiser update each ("ppo-4", the usual PPO
-of two passes over two mini-batches, is the labelled exception), and every run that samples draws prompts x G samples in each of its steps. A staged
-pipeline samples in its second half only, SFT and DPO never; the tokens that were really generated are in the logs and in the table of budgets.
+Budgets are equal in two ways: every run of a suite takes the same optimisation steps, with one optimiser
+update each ("ppo-4", the usual PPO of two passes over two mini-batches, is the labelled exception), and every
+run that samples draws prompts x G samples in each of its steps. A staged pipeline samples in its second half
+only, SFT and DPO never; the tokens that were really generated are in the logs and in the table of budgets.
 """
 
 from dataclasses import dataclass
 
-# Name -> (program, its flags, the sweeps whose learning rates it takes: of stage 1, and of stage 2 where there is one).
+# Name -> (program, its flags, the sweeps whose learning rates it takes, one for each stage).
 METHODS = {
     "sft": ("baselines.py sft", "", "sft"),
     "dpo": ("baselines.py dpo", "", "dpo"),
@@ -21,7 +23,7 @@ METHODS = {
     "sft-grpo": ("uniapl.py", "--variant sft-grpo", "sft grpo"),
     "grao": ("minigrao.py", "", "grao"),
     "uniapl": ("uniapl.py", "--variant unified", "uniapl"),
-    # UniAPL's other pipelines and its neighbours. chord is unified without the anchor, lambda = 0; a-chord is another name of unified.
+    # UniAPL's other pipelines and its neighbours. chord is unified without the anchor, lambda = 0.
     "chord": ("uniapl.py", "--variant chord", "uniapl"),
     "a-sft": ("uniapl.py", "--variant a-sft", "sft"),
     "a-grpo": ("uniapl.py", "--variant a-grpo", "grpo"),
@@ -39,11 +41,12 @@ BETA, LAMBDA, GROUP = 0.5, 0.6, 8  # minigrao.py's defaults, the paper's
 
 
 def equivalent(beta, lam, group_size):
-    """(beta', max_grad_norm') of the run `--without regularizer` that is the run with (beta, lam), to rounding.
+    """(beta', max_grad_norm') of the run `--without regularizer` that is (beta, lam), to rounding.
 
-    Eq. (3) with y in the group is (1 + lam) E + (beta + lam / G) I for the exploration term E and the imitation term I, see
-    minigrao.grao_loss. Divided by 1 + lam this is E + beta' I with beta' = (beta + lam / G) / (1 + lam). AdamW does not see a loss's
-    scale, but the clip of the gradient's norm does, so it is divided too; the learning rate stays.
+    Eq. (3) with y in the group is (1 + lam) E + (beta + lam / G) I for the exploration term E and the
+    imitation term I, see minigrao.grao_loss. Divided by 1 + lam this is E + beta' I with
+    beta' = (beta + lam / G) / (1 + lam). AdamW does not see a loss's scale, but the clip of the gradient's
+    norm does, so it is divided too; the learning rate stays.
     """
     return (beta + lam / group_size) / (1 + lam), 1 / (1 + lam)
 
@@ -57,13 +60,13 @@ ABLATIONS = {
 }
 BETAS, LAMBDAS = (0.0, 0.25, 0.5, 1.0), (0.0, 0.6, 1.2)
 SENSITIVITY = {f"grao-beta{b:g}-lam{m:g}": (b, m) for b in BETAS for m in LAMBDAS if (b, m) != (BETA, LAMBDA)}
-SHARES = (0.25, 0.5, 0.75, 1.0)  # of right references
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of right expert answers
 IMITATORS = (
     "sft",
     "sft-grpo",
     "grao",
     "uniapl",
-)  # what the references' quality reaches; GRPO does not look at them
+)  # what the expert answers' quality reaches; GRPO does not look at them
 QUALITY = {f"{m}-quality{share:g}": (m, share) for m in IMITATORS for share in SHARES} | {
     "grpo-quality1": ("grpo", 1.0)
 }
@@ -117,16 +120,20 @@ class Suite:
     flags: str  # of every run
     seeds: dict  # part -> seeds
     rates: str  # learning rates that a sweep tries, the same for every method
-    level: str = "chat"  # of the built-in tasks whose references are graded; None: shares of pairs the right way round, from the data file
+    # Of the built-in tasks whose expert answers are graded; None: shares of the data's pairs the right way
+    # round.
+    level: str = "chat"
     records: int = 3000  # in each graded file
     extra: dict = None  # name -> seeds, of runs beside those of PARTS["comparison"]
     sparse: str = ""  # flags of what is only in the other parts, where fewer points of a curve are wanted
-    polar: bool = True  # False: the data has no second expert answer for polar to learn from, so the fixed discriminator is `embedding`
+    # False: the data has no second expert answer for polar to learn from; `embedding` takes its place.
+    polar: bool = True
 
 
 SUITES = {
     "tiny": Suite(
-        "--model tiny --steps 50 --prompts-per-step 16 --group-size 8 --max-new-tokens 24 --eval-prompts 256 --eval-every 10",
+        "--model tiny --steps 50 --prompts-per-step 16 --group-size 8 --max-new-tokens 24 "
+        "--eval-prompts 256 --eval-every 10",
         dict(comparison=10, ablations=5, sensitivity=2, quality=3, uniapl=2),
         "5e-4 1e-3 2e-3 4e-3",
         level="tiny",
@@ -134,18 +141,21 @@ SUITES = {
         sparse="--eval-every 25",
     ),
     "smollm2": Suite(
-        "--model {model} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
+        "--model {model} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 "
+        "--micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
         dict(comparison=3, ablations=1, sensitivity=1, quality=1, uniapl=1),
         "1e-4 3e-4 1e-3",
     ),
     "qwen3": Suite(
-        "--model {model} --steps 200 --prompts-per-step 8 --group-size 8 --max-new-tokens 256 --eval-prompts 200 --eval-every 20",
+        "--model {model} --steps 200 --prompts-per-step 8 --group-size 8 --max-new-tokens 256 "
+        "--eval-prompts 200 --eval-every 20",
         dict(comparison=3, ablations=3, sensitivity=1, quality=1, uniapl=1),
         "3e-5 1e-4 3e-4",
     ),
     "hh": Suite(
-        "--model {model} --data {data} --reward {reward} --steps 40 --prompts-per-step 4 --group-size 8 --max-new-tokens 64 --max-prompt-tokens 256 "
-        "--max-reference-tokens 128 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
+        "--model {model} --data {data} --reward {reward} --steps 40 --prompts-per-step 4 --group-size 8 "
+        "--max-new-tokens 64 --max-prompt-tokens 256 "
+        "--max-expert-tokens 128 --micro-batch-tokens 1024 --eval-prompts 200 --eval-every 20",
         dict(comparison=1, ablations=1, sensitivity=1, quality=1, uniapl=1),
         "1e-4 3e-4 1e-3",
         level=None,
@@ -176,12 +186,15 @@ class Run:
     name: str
     seed: int
     program: str  # "baselines.py sft"
-    flags: tuple  # words, without learning rate and --out; {model}, {data}, {reward}, {graded} are filled in by compare.py
+    flags: tuple  # words without learning rate and --out; {model}, {data}, ... are filled in by plots/jobs.py
     sweeps: tuple
 
 
 def grid(suite, parts=tuple(PARTS), seeds=None, quick=False):
-    """The runs of some parts of a suite, each once, cheap and telling ones first. seeds: so many of every part."""
+    """The runs of some parts of a suite, each once, cheap and telling ones first.
+
+    seeds: so many of every part.
+    """
     s, wanted = SUITES[suite], {}  # (name, seed) -> None, in order
     for part in parts:
         names = QUICK_NAMES.get(part, PARTS[part]) if quick else PARTS[part]
@@ -210,7 +223,7 @@ def run(suite, name, seed, quick=False):
 
 
 def sweep(suite, key):
-    """The command of plots.sweep for the learning rate of METHODS[key], at the suite's own budget: (method, rates, flags), words."""
+    """plots.sweep's command for METHODS[key] at the suite's own budget: (method, rates, flags), words."""
     program, *rest = METHODS[key][0].split()
     method = rest[0] if rest else {"minigrao.py": "grao", "uniapl.py": "uniapl"}[program]
     flags = [*run(suite, key, 0).flags]

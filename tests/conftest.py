@@ -1,6 +1,8 @@
-"""Random models of a few thousand parameters and the dense oracle that scoring and sampling are compared with.
+"""Random models of a few thousand parameters and the dense oracle that scoring and sampling are compared
+with.
 
-Run with `python -m pytest`. Weights have a deviation of 0.2, ten times the usual: next to nothing would depend on attention otherwise.
+Run with `python -m pytest`. Weights have a deviation of 0.2, ten times the usual: next to nothing would
+depend on attention otherwise.
 """
 
 import os
@@ -19,7 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from policy import Policy  # noqa: E402
 
-# The last two take the generic decoder: rotary on a part of each head and a bias on the output head; parallel residuals and a fused qkv.
+# The last two take the generic decoder: rotary on a part of each head and a bias on the output head;
+# parallel residuals and a fused qkv.
 FAMILIES = ("qwen3", "llama", "qwen2", "mistral", "phi", "gpt_neox")
 WORDS = [
     "<unk>",
@@ -37,11 +40,16 @@ WORDS = [
     "cat",
     "dog",
 ]
-WORDS += "abcdefghijklmnopqrstuvwxyz"  # all that is left of a text for Qwen2, whose own tokenizer class transformers insists on
+# all that is left of a text for Qwen2, whose own tokenizer class transformers insists on
+WORDS += "abcdefghijklmnopqrstuvwxyz"
 WORDS += [f"w{i}" for i in range(97 - len(WORDS))]
 END_OF_TEXT, END_OF_TURN = 1, 3
-CHATML = """{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant
-{% if enable_thinking is defined and enable_thinking is false %} <think> </think>{% endif %}{% endif %}"""  # as Qwen3: the empty block switches thinking off
+# As Qwen3's: the empty block switches thinking off.
+CHATML = (
+    "{% for m in messages %}<|im_start|> {{ m.role }} {{ m.content }} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %} <think> </think>{% endif %}{% endif %}"
+)
 
 
 def write_tokenizer(directory, chat_template=CHATML):
@@ -57,9 +65,18 @@ def write_tokenizer(directory, chat_template=CHATML):
 def write_model(directory, family, seed=1, **changes):
     torch.manual_seed(seed)
     config = dict(
-        vocab_size=len(WORDS), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=256,
-        initializer_range=0.2, bos_token_id=None, eos_token_id=END_OF_TURN, pad_token_id=END_OF_TURN, tie_word_embeddings=family == "qwen3",
-    )  # fmt: skip
+        vocab_size=len(WORDS),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=END_OF_TURN,
+        pad_token_id=END_OF_TURN,
+        tie_word_embeddings=family == "qwen3",
+    )
     if family not in ("phi", "gpt_neox"):
         config |= dict(num_key_value_heads=2, head_dim=16)
     if family == "mistral":
@@ -99,7 +116,9 @@ def model_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def load(model_dir):
-    """load("llama", quantize="nf4") -> a new Policy, fp32 on the CPU, with random LoRA B matrices unless `fresh`."""
+    """load("llama", quantize="nf4") -> a new Policy, fp32 on the CPU, with random LoRA B matrices unless
+    `fresh`.
+    """
 
     def get(family="qwen3", fresh=False, **options):
         policy = Policy.load(
@@ -121,7 +140,9 @@ def shared(load):
 
 @pytest.fixture(scope="session")
 def oracle(shared, tmp_path_factory):
-    """oracle("llama") -> the same model and adapter in transformers and PEFT alone, with their plain attention."""
+    """oracle("llama") -> the same model and adapter in transformers and PEFT alone, with their plain
+    attention.
+    """
     made = {}
 
     def get(family="qwen3"):
@@ -157,7 +178,9 @@ def randomise_all(parameters, seed=3, scale=0.2):
 
 
 def dense_logps(model, prompt, completion, temperature=1.0, left=0, right=0):
-    """log p of each completion token and the entropy there: one padded sequence through a transformers model and a full log_softmax."""
+    """log p of each completion token and the entropy there: one padded sequence through a transformers
+    model and a full log_softmax.
+    """
     ids = torch.tensor([[END_OF_TURN] * left + prompt + completion + [END_OF_TURN] * right])
     mask = torch.ones_like(ids)
     mask[:, :left] = 0

@@ -1,4 +1,5 @@
-"""SFT, DPO, GRPO and PPO as a user meets them: the updates on the tiny model, the real script, and what can go wrong.
+"""SFT, DPO, GRPO and PPO as a user meets them: the updates on the tiny model, the real script, and what can
+go wrong.
 
 The losses themselves are compared with other people's in test_baselines_losses.py.
 """
@@ -17,12 +18,14 @@ import torch
 from conftest import reload
 
 import baselines
+import ppo
 import train
 from baselines import DPO, GRPO, METHODS, PPO, SFT
 from data import UserError, tiny_tasks
 from engine.command_line import parse
 from engine.metrics import METRICS
 from engine.record import read_jsonl
+from engine.records import encode_records
 from engine.settings import check_settings
 
 ROOT = Path(__file__).parents[1]
@@ -94,7 +97,8 @@ def assert_same(a, b, rtol=1e-3):
             assert x[name].abs().max() > 0, name
 
 
-# ------------------------------------------------------------------------------------------------------ what all share
+# ----------------------------------------------------------------------------------------------------- what
+# all share
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,9 @@ def assert_same(a, b, rtol=1e-3):
     ],
 )
 def test_gradient_does_not_depend_on_the_micro_batch(method, flags):
-    """Means of micro-batch means weight a token by the company it is in; denominators are of the whole update instead."""
+    """Means of micro-batch means weight a token by the company it is in; denominators are of the whole update
+    instead.
+    """
     runs = []
     for tokens in (1, 10**6):
         t = trainer(method, "--micro-batch-tokens", tokens, *flags, reward_fn=letters)
@@ -134,7 +140,9 @@ def test_one_step_moves_the_adapters_and_nothing_else(method):
 @pytest.mark.parametrize("method", (DPO, GRPO, PPO))
 @pytest.mark.parametrize("reference", ("none", "adapter", "base"))
 def test_the_reference_is_the_policy_at_the_first_step_or_the_base(method, reference, tmp_path):
-    """From a saved adapter, "adapter off" is another model than the one training starts from: its KL would not begin at 0."""
+    """From a saved adapter, "adapter off" is another model than the one training starts from: its KL would
+    not begin at 0.
+    """
     flags = []
     if reference != "none":
         start = trainer(SFT)
@@ -146,23 +154,26 @@ def test_the_reference_is_the_policy_at_the_first_step_or_the_base(method, refer
     assert all((d == 0) == (reference != "base") for d in distance)
 
 
-# ---------------------------------------------------------------------------------------------------------------- SFT
+# ----------------------------------------------------------------------------------------------------------
+# SFT
 
 
 @pytest.mark.parametrize("per_response", (False, True))
 def test_sft_gradient_is_that_of_transformers(per_response, tmp_path):
-    """transformers' own loss from labels: its batch mean is over all target tokens; of one row it is the row's mean."""
+    """transformers' own loss from labels: its batch mean is over all target tokens; of one row it is the
+    row's mean.
+    """
     t = trainer(SFT, "--quantize", "none", *(["--per-response"] if per_response else []))
     randomise(t)
     t.policy.save(tmp_path / "adapter")
     oracle = reload(t.policy.source, tmp_path / "adapter")
     records = t.next_records()
-    rows = [r["prompt_ids"] + r["reference_ids"] for r in records]
+    rows = [r["prompt_ids"] + r["expert_ids"] for r in records]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     labels = torch.tensor(
         [
-            [-100] * len(r["prompt_ids"]) + r["reference_ids"] + [-100] * (width - len(row))
+            [-100] * len(r["prompt_ids"]) + r["expert_ids"] + [-100] * (width - len(row))
             for r, row in zip(records, rows)
         ]
     )
@@ -173,11 +184,14 @@ def test_sft_gradient_is_that_of_transformers(per_response, tmp_path):
     assert_same(gradients(t), [{n: p.grad for n, p in oracle.named_parameters() if n in t.params}])
 
 
-# ---------------------------------------------------------------------------------------------------------------- DPO
+# ----------------------------------------------------------------------------------------------------------
+# DPO
 
 
 def test_dpo_scores_the_reference_once_for_each_record():
-    """Kept over passes over the data, and in the checkpoint: scored again in another batch they would round otherwise."""
+    """Kept over passes over the data, and in the checkpoint: scored again in another batch they would round
+    otherwise.
+    """
     t = trainer(DPO, "--beta", 0.5)
     t.records = t.records[:4]
     score, scored = t.policy.token_logps, []
@@ -207,7 +221,7 @@ def test_dpo_scores_the_reference_once_for_each_record():
     with torch.no_grad():
         for r in t.records:
             fresh = again.policy.token_logps(
-                [r["prompt_ids"]], [[r["reference_ids"], r["rejected_ids"]]], role="reference"
+                [r["prompt_ids"]], [[r["expert_ids"], r["rejected_ids"]]], role="reference"
             ).logps.sum(-1)[0]
             torch.testing.assert_close(
                 fresh, t.kept["reference_logps"][r["record_index"]], rtol=1e-5, atol=1e-5
@@ -218,15 +232,18 @@ def test_dpo_answers_have_one_eos():
     """A chat template that ends the answer too would give two, the second at log-prob -20, in every pair."""
     t = trainer(DPO)
     for r in t.records:
-        for ids in (r["reference_ids"], r["rejected_ids"]):
+        for ids in (r["expert_ids"], r["rejected_ids"]):
             assert [i for i, token in enumerate(ids) if token in t.policy.eos_ids] == [len(ids) - 1]
 
 
-# --------------------------------------------------------------------------------------------------------------- GRPO
+# ----------------------------------------------------------------------------------------------------------
+# GRPO
 
 
 def test_grpo_loss_is_zero_while_it_learns(capsys):
-    """Users take a loss of 0 for a bug. On-policy it is 0 by construction, and its gradient is not; the first step says so."""
+    """Users take a loss of 0 for a bug. On-policy it is 0 by construction, and its gradient is not; the first
+    step says so.
+    """
     t = trainer(GRPO, reward_fn=letters)
     for first in (True, False):
         metrics = one_step(t)
@@ -249,11 +266,14 @@ def test_grpo_takes_several_updates_on_one_rollout():
     assert next(iter(t.optimizer.state.values()))["step"] == 6
 
 
-# ---------------------------------------------------------------------------------------------------------------- PPO
+# ----------------------------------------------------------------------------------------------------------
+# PPO
 
 
 def test_values_are_those_of_a_plain_forward_pass_and_zero_elsewhere(tmp_path):
-    """Read in the state before each token, EOS included, nothing after it; other completions of the pack change nothing."""
+    """Read in the state before each token, EOS included, nothing after it; other completions of the pack
+    change nothing.
+    """
     t = trainer(PPO, "--quantize", "none")
     randomise(t)
     policy, prompts = t.policy, [[5, 6, 7], [8, 9]]
@@ -297,12 +317,12 @@ def test_value_and_policy_share_no_gradient():
 def test_ppo_puts_the_score_on_the_last_token_and_the_kl_on_each(monkeypatch):
     seen = {}
 
-    def spy(rewards, values, mask, *args):
-        seen.update(rewards=rewards, values=values, mask=mask)
+    def spy(rewards, values, mask, *args):  # (B, G, T); here in rows (N, T)
+        seen.update(rewards=rewards.flatten(0, 1), values=values.flatten(0, 1), mask=mask.flatten(0, 1))
         return gae(rewards, values, mask, *args)
 
-    gae = baselines.gae
-    monkeypatch.setattr(baselines, "gae", spy)
+    gae = ppo.gae
+    monkeypatch.setattr(ppo, "gae", spy)
     t = trainer(PPO, "--reference", "base", "--kl-coef", 0.5, reward_fn=letters)
     randomise(t)  # so that the policy is not the reference and values are not 0
     rollout = t.rollout
@@ -342,6 +362,18 @@ def test_ppo_ratio_is_exactly_one_before_an_update(tokens):
     )
 
 
+@pytest.mark.parametrize("prompts, count, sizes", ((4, 3, [2, 1, 1]), (5, 3, [2, 2, 1]), (6, 2, [3, 3])))
+def test_ppo_makes_as_many_mini_batches_as_asked(prompts, count, sizes):
+    """3 of 4 prompts silently became 2 (torch.chunk rounds the size up): fewer updates than the flag says."""
+    t = trainer(PPO, "--prompts-per-step", prompts, "--minibatches", count, reward_fn=letters)
+    batch = t.rollout(t.next_records())
+    minibatches = t.minibatches(batch, count)
+    assert [sum(len(part.prompts) for part in parts) for parts in minibatches] == sizes
+    groups = [range(prompts)[part.groups] for parts in minibatches for part in parts]
+    assert [i for group in groups for i in group] == list(range(prompts))
+    assert one_step(t)["updates"] == t.config.ppo_epochs * count
+
+
 def test_ppo_gradient_with_checkpointing():
     """The backward pass computes layers again, with whichever adapter is active then: the value's must be."""
     runs = []
@@ -368,7 +400,9 @@ def test_value_function_has_its_own_learning_rate_and_learns():
 
 
 def test_ppo_resumed_is_the_run_that_never_stopped(tmp_path):
-    """The value adapter, its head and AdamW's moments of both are in the checkpoint; the order of mini-batches follows from the step."""
+    """The value adapter, its head and AdamW's moments of both are in the checkpoint; the order of
+    mini-batches follows from the step.
+    """
     flags = [*SMALL, "--minibatches", "3", "--steps", "3"]
     assert train.main(PPO, [*flags, "--out", str(tmp_path / "whole")]) == 0
 
@@ -400,7 +434,8 @@ def test_ppo_resumed_is_the_run_that_never_stopped(tmp_path):
     assert logs[0] == logs[1]
 
 
-# ------------------------------------------------------------------------------------------------------------- the script
+# ----------------------------------------------------------------------------------------------------------
+# the script
 
 
 def script(*flags):
@@ -473,7 +508,7 @@ def test_dpo_checks_the_length_of_rejected_answers():
     t = trainer(DPO)
     t.records[0]["rejected"] = "cat " * t.policy.context
     with pytest.raises(UserError, match="context"):
-        t.encode_all({"records": 1, "held_out": 1})
+        encode_records(t.records, t.held_out, t.policy, t.config, DPO)
 
 
 def test_ppo_with_rewards_for_tokens(tmp_path, capsys):

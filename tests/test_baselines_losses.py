@@ -1,7 +1,9 @@
-"""The losses of baselines.py, value and gradient in fp64, against TRL, torchrl, plain loops and exact enumeration.
+"""The losses of baselines.py, value and gradient in fp64, against TRL, torchrl, plain loops and exact
+enumeration.
 
-TRL 1.12.0's losses are methods: they are called with a stub in place of `self`. Its PPO losses stand in the middle of
-`PPOTrainer.train`; `trl_ppo` runs those very lines. Where TRL's convention is another one, the test states both.
+TRL 1.12.0's losses are methods: they are called with a stub in place of `self`. Its PPO losses stand in the
+middle of `PPOTrainer.train`; `trl_ppo` runs those very lines. Where TRL's convention is another one, the test
+states both.
 """
 
 import inspect
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import baselines as B
+from losses import AGGREGATES, KL, explained_variance, kl_estimate, normaliser, whiten
 
 LENGTHS = (5, 1, 3, 7, 2, 6, 4, 7)
 N, T = len(LENGTHS), max(LENGTHS)
@@ -26,7 +29,9 @@ def rand(*shape, seed=0, scale=1.0):
 
 
 def batch():
-    """logps, old_logps, ref_logps (N, T), advantages (N,): ratios on both sides of the clip, both signs of A."""
+    """logps, old_logps, ref_logps (N, T), advantages (N,): ratios on both sides of the clip, both signs of
+    A.
+    """
     old = -rand(N, T, seed=1).abs()
     return old + rand(N, T, seed=2, scale=0.3), old, old + rand(N, T, seed=3, scale=0.4), rand(N, seed=4)
 
@@ -43,7 +48,7 @@ def assert_same(f, g, x, **tolerance):
         torch.testing.assert_close(a, b, **({"rtol": 1e-10, "atol": 1e-12} | tolerance))
 
 
-# ---------------------------------------------------------------------------------------------------- oracles
+# -------------------------------------------------------------------------------------------------- oracles
 
 
 class Accelerator:
@@ -117,7 +122,9 @@ def trl_dpo(logits, ids, mask, ref_chosen, ref_rejected, beta, loss_type="sigmoi
 
 
 def trl_ppo(first, last, **names):
-    """Run TRL's lines from the one that starts with `first` to the one that starts with `last`; return all names."""
+    """Run TRL's lines from the one that starts with `first` to the one that starts with `last`; return all
+    names.
+    """
     pytest.importorskip("trl")
     from trl.experimental.ppo import ppo_trainer
 
@@ -132,11 +139,13 @@ def trl_ppo(first, last, **names):
     return names
 
 
-# -------------------------------------------------------------------------------------------------------- SFT
+# ------------------------------------------------------------------------------------------------------ SFT
 
 
 def test_sft_is_torchs_cross_entropy():
-    """Over all target tokens, as torch's reduction="mean" with ignore_index; per_response as a loop over rows."""
+    """Over all target tokens, as torch's reduction="mean" with ignore_index; per_response as a loop over
+    rows.
+    """
     logits, ids = rand(N, T, 9), torch.randint(9, (N, T), generator=torch.Generator().manual_seed(5))
 
     def logps(z):
@@ -152,12 +161,14 @@ def test_sft_is_torchs_cross_entropy():
     assert_same(lambda z: B.sft_loss(logps(z), MASK, per_response=True), rows, logits)
 
 
-# -------------------------------------------------------------------------------------------------------- DPO
+# ------------------------------------------------------------------------------------------------------ DPO
 
 
 @pytest.mark.parametrize("label_smoothing", (0.0, 0.1, 0.5))
 def test_dpo_matches_trl(label_smoothing):
-    """TRL's "sigmoid" loss has no label smoothing; its "aot" has, and on a batch of one pair is conservative DPO."""
+    """TRL's "sigmoid" loss has no label smoothing; its "aot" has, and on a batch of one pair is conservative
+    DPO.
+    """
     ids = torch.randint(9, (2 * N, T + 1), generator=torch.Generator().manual_seed(5))
     mask = torch.cat([MASK, MASK.flip(0)])  # (2N, T), chosen then rejected
     logits, ref = rand(2 * N, T + 1, 9), -rand(2, N, seed=6).abs() * 5
@@ -207,7 +218,7 @@ def test_dpo_rewards():
     assert not chosen.requires_grad and not rejected.requires_grad
 
 
-# ------------------------------------------------------------------------------------------------------- GRPO
+# ----------------------------------------------------------------------------------------------------- GRPO
 
 
 @pytest.mark.parametrize("kl, beta", [("k3", 0.0), ("k3", 0.3), ("k3_ratio", 0.3)])
@@ -273,7 +284,7 @@ def objectives(A, ratio, low=0.2, high=0.2):
 
     x = torch.tensor(ratio, dtype=torch.float64)
     losses = (grpo, ppo) if low == high else (grpo,)
-    return [(*map(float, value_and_grad(lambda x: f(x)[0], x)), f(x)[1]) for f in losses]
+    return [(*map(float, value_and_grad(lambda x, f=f: f(x)[0], x)), f(x)[1]) for f in losses]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +301,9 @@ def objectives(A, ratio, low=0.2, high=0.2):
     ],
 )
 def test_clip_cells(A, ratio, loss, grad, bound):
-    """The classic bug, a clip inverted for A < 0: it stops where it should push and pushes where it should stop."""
+    """The classic bug, a clip inverted for A < 0: it stops where it should push and pushes where it should
+    stop.
+    """
     for value, gradient, parts in objectives(A, ratio):
         assert (value, gradient) == (pytest.approx(loss), pytest.approx(grad))
         assert (parts["clip_fraction_low"], parts["clip_fraction_high"]) == (bound == "low", bound == "high")
@@ -321,7 +334,9 @@ def test_approximate_kl_is_a_masked_mean():
 
 
 def test_advantages_and_trls():
-    """Ours: over G, + 1e-6. TRL's: over G - 1, + 1e-4. Both by group: a prompt that pays more shifts nobody else's."""
+    """Ours: over G, + 1e-6. TRL's: over G - 1, + 1e-4. Both by group: a prompt that pays more shifts nobody
+    else's.
+    """
     rewards = rand(3, 8) + torch.tensor([0.0, 10.0, -5.0])[:, None]
     centred = rewards - rewards.mean(1, keepdim=True)
     std = rewards.std(1, correction=0, keepdim=True)
@@ -346,7 +361,7 @@ def test_tied_rewards_have_advantage_exactly_zero(reward, scale):
             assert torch.equal(A, torch.zeros_like(A))
 
 
-# -------------------------------------------------------------------------------------------------------- PPO
+# ------------------------------------------------------------------------------------------------------ PPO
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (0.99, 1.0), (0.9, 0.0)])
@@ -385,7 +400,9 @@ def test_gae_steps_over_a_gap():
 
 
 def test_where_the_score_goes():
-    """Ours on the EOS; TRL's one position later, in the padding, unless the row is full. The KL penalty is the same."""
+    """Ours on the EOS; TRL's one position later, in the padding, unless the row is full. The KL penalty is
+    the same.
+    """
     scores, (logps, _, ref, _) = rand(N, seed=5), batch()
     kl = torch.where(MASK, -0.1 * (logps - ref), 0)
     ours, theirs = kl.clone(), kl.clone()
@@ -413,13 +430,13 @@ def test_where_the_score_goes():
 def test_whiten():
     """Ours divides by the population's std, TRL's by n - 1."""
     x = rand(N, T) * 3 + 5
-    w = B.whiten(x, MASK)[MASK]
+    w = whiten(x, MASK)[MASK]
     assert abs(w.mean()) < 1e-12 and w.std(correction=0).item() == pytest.approx(1)
-    assert torch.equal(B.whiten(torch.full((1, 7), 0.1), torch.ones(1, 7)), torch.zeros(1, 7))
+    assert torch.equal(whiten(torch.full((1, 7), 0.1), torch.ones(1, 7)), torch.zeros(1, 7))
     pytest.importorskip("trl")
     from trl.experimental.ppo.ppo_trainer import masked_whiten
 
-    torch.testing.assert_close(B.whiten(x, MASK, ddof=1), masked_whiten(x, MASK) * MASK)
+    torch.testing.assert_close(whiten(x, MASK, ddof=1), masked_whiten(x, MASK) * MASK)
 
 
 def test_ppo_losses_match_trl():
@@ -459,22 +476,23 @@ def test_explained_variance():
     returns = rand(N, T)
     noise = torch.where(MASK, rand(N, T, seed=1), torch.nan)
     expected = 1 - noise[MASK].var(correction=0) / returns[MASK].var(correction=0)
-    torch.testing.assert_close(B.explained_variance(returns + noise, returns, MASK), expected)
-    assert B.explained_variance(returns, returns, MASK) == 1
-    assert B.explained_variance(returns, torch.full_like(returns, 0.1), MASK) == 0
+    torch.testing.assert_close(explained_variance(returns + noise, returns, MASK), expected)
+    assert explained_variance(returns, returns, MASK) == 1
+    assert explained_variance(returns, torch.full_like(returns, 0.1), MASK) == 0
 
 
-# ------------------------------------------------------------------------------------------- masks and normalisers
+# ------------------------------------------------------------------------------------------------ masks and
+# normalisers
 
 
 def losses():
-    """name -> (loss(x, rows, width, denominator), denominator of the step); x is the differentiated (N, T)."""
+    """name -> (loss(x, rows, width, denominator), denominator of the step); x is differentiated (N, T)."""
     _, old, ref, A = batch()
     table = {}
     for per_response in (False, True):
         table[f"sft {per_response}"] = (
             lambda x, s, w, n, p=per_response: B.sft_loss(x[s, :w], MASK[s, :w], p, denominator=n),
-            B.normaliser(MASK, "sequence" if per_response else "token"),
+            normaliser(MASK, "sequence" if per_response else "token"),
         )
     for aggregate in ("sequence", "token", "constant"):
         table[f"grpo {aggregate}"] = (
@@ -489,13 +507,13 @@ def losses():
                 max_length=T,
                 denominator=n,
             )[0],
-            B.normaliser(MASK, aggregate, max_length=T),
+            normaliser(MASK, aggregate, max_length=T),
         )
     A2 = rand(N, T, seed=9)
     for name, loss in (("ppo policy", B.ppo_policy_loss), ("ppo value", B.ppo_value_loss)):
         table[name] = (
             lambda x, s, w, n, f=loss: f(x[s, :w], old[s, :w], A2[s, :w], MASK[s, :w], 0.2, denominator=n)[0],
-            B.normaliser(MASK),
+            normaliser(MASK),
         )
     table["dpo"] = (lambda x, s, w, n: B.dpo_loss(x[s, 0], *rand(3, N)[:, s], denominator=n)[0], N)
     return table
@@ -503,7 +521,9 @@ def losses():
 
 @pytest.mark.parametrize("name", losses())
 def test_micro_batches_do_not_change_the_gradient(name):
-    """1 x 8 and 8 x 1, each row cut to its own length. Averaging micro-batch means would weight short answers more."""
+    """1 x 8 and 8 x 1, each row cut to its own length. Averaging micro-batch means would weight short answers
+    more.
+    """
     loss, n = losses()[name]
     x = batch()[0]
 
@@ -521,6 +541,29 @@ def test_micro_batches_do_not_change_the_gradient(name):
         "ppo value",
     ):  # the bug this guards against is visible here
         assert not torch.allclose(split(x, None) / N, loss(x, slice(None), T, None))
+
+
+def test_groups_are_rows():
+    """(B, G, T) is (N, T) to every loss: flattened by hand, a reader lost track of which row was whose."""
+    logps, old, ref, A = batch()
+    rewards, returns = B.token_rewards(A, logps, ref, MASK, 0.1), rand(N, T, seed=9)
+
+    def every(view):
+        x, o, r, m = view(logps), view(old), view(ref), view(MASK)
+        a, R = view(A), view(returns)
+        return [
+            B.sft_loss(x, m),
+            B.sft_loss(x, m, per_response=True),
+            *(B.grpo_loss(x, o, r, a, m, kl_coef=0.1, aggregate=how)[0] for how in AGGREGATES),
+            B.ppo_policy_loss(x, o, R, m)[0],
+            B.ppo_value_loss(x, o, R, m)[0],
+            B.token_rewards(a, x, r, m, 0.1).flatten(),
+            *(found.flatten() for found in B.gae(view(rewards), x, m)),
+            whiten(R, m).flatten(),
+        ]
+
+    for rows, groups in zip(every(lambda x: x), every(lambda x: x.unflatten(0, (2, N // 2)))):
+        torch.testing.assert_close(rows, groups)
 
 
 def everything(x, mask, junk):
@@ -541,7 +584,7 @@ def everything(x, mask, junk):
         loss, p = f(logps, old, A, mask)
         out, parts = [*out, loss], [*parts, *p.values()]
     r = B.token_rewards(rand(N, seed=5), logps, ref, mask, 0.1)
-    parts += [B.whiten(A, mask), r, *B.gae(r, old, mask), B.explained_variance(old, A, mask)]
+    parts += [whiten(A, mask), r, *B.gae(r, old, mask), explained_variance(old, A, mask)]
     return sum(out), parts
 
 
@@ -575,7 +618,13 @@ def test_reductions_accumulate_in_fp32_at_least(mask_type):
     assert B.ppo_value_loss(x, x, -x, mask, denominator=1)[0] == 2 * 4096
 
 
-# --------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------ bad
+# input
+
+
+def test_the_flags_offer_what_the_losses_take():
+    """The flags are read before torch is there, so their choices stand a second time, above its import."""
+    assert B.KL == KL and B.GRPOConfig.__dataclass_fields__["aggregate"].metadata["choices"] == AGGREGATES
 
 
 @pytest.mark.parametrize(
@@ -601,7 +650,7 @@ def test_reductions_accumulate_in_fp32_at_least(mask_type):
         (lambda x, m: B.dpo_loss(*x[:4], beta=0), "beta > 0"),
         (lambda x, m: B.grpo_advantages(x, scale="batch"), "scale must be one of"),
         (lambda x, m: B.grpo_advantages(x / 0), "NaN or infinity"),
-        (lambda x, m: B.kl_estimate(x, x[:1]), "ref_logps is"),
+        (lambda x, m: kl_estimate(x, x[:1]), "ref_logps is"),
     ],
 )
 def test_bad_input_is_one_line(call, message):

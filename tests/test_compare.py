@@ -1,4 +1,6 @@
-"""plots/compare.py as its users meet it: the quick suite to its figures, what is done is skipped, stop and go on, failures are one line."""
+"""plots/compare.py as its users meet it: the quick suite to its figures, what is done is skipped, stop and go
+on, failures are one line.
+"""
 
 import json
 import os
@@ -13,7 +15,7 @@ from conftest import randomise_all
 
 from engine.command_line import exit_status
 from engine.record import read_jsonl
-from plots import compare, figures, suites
+from plots import compare, figures, jobs, suites, words
 
 ROOT = Path(__file__).parents[1]
 
@@ -75,10 +77,10 @@ def test_the_quick_suite_to_its_figures(quick, tmp_path):
     results, samples = ((tmp_path / "figures" / name).read_text() for name in ("results.md", "samples.md"))
     for name in suites.COMPARED:
         assert (
-            results.count(f"| {figures.label(name)} |") + results.count(f"| **{figures.label(name)}** |") >= 3
-            and f"| {figures.label(name)} |" in samples
+            results.count(f"| {words.label(name)} |") + results.count(f"| **{words.label(name)}** |") >= 3
+            and f"| {words.label(name)} |" in samples
         )
-    assert f"| {figures.label('grao')} |" in (out / "budgets.md").read_text()
+    assert f"| {words.label('grao')} |" in (out / "budgets.md").read_text()
 
 
 def test_the_reweighted_ablation_is_the_full_objective(quick):
@@ -86,7 +88,7 @@ def test_the_reweighted_ablation_is_the_full_objective(quick):
     out, _ = quick
     full, other = (logged(out / name / "seed-0") for name in ("grao", "grao-equivalent"))
     assert [line["reward/mean"] for line in full[1:3]] == [line["reward/mean"] for line in other[1:3]]
-    assert full[2]["logp/reference"] == pytest.approx(other[2]["logp/reference"], abs=2e-3)
+    assert full[2]["logp/expert"] == pytest.approx(other[2]["logp/expert"], abs=2e-3)
     assert full[1]["loss"] == pytest.approx(1.6 * other[1]["loss"], rel=1e-3)
     without = logged(out / "grao-without-regularizer" / "seed-0")
     assert full[1]["loss"] != pytest.approx(without[1]["loss"], rel=1e-2)
@@ -126,7 +128,9 @@ def never_stopped(tmp_path_factory):
 
 @pytest.mark.parametrize("how, status", [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_stopped_and_gone_on_with_it_is_the_study_that_never_stopped(never_stopped, tmp_path, how, status):
-    """Ctrl-C, or the runner killed, in the middle of a run: nothing half made is kept, no run outlives it, and it goes on from its checkpoint."""
+    """Ctrl-C, or the runner killed, in the middle of a run: nothing half made is kept, no run outlives it,
+    and it goes on from its checkpoint.
+    """
     stopped = start("compare", *ABLATIONS, "--out", tmp_path, *FOURTEEN)
     log, deadline = tmp_path / ".unfinished" / "grao-0" / "metrics.jsonl", time.time() + 300
     while not (log.is_file() and len(read_jsonl(log)) > 3) and time.time() < deadline:
@@ -218,7 +222,7 @@ def test_a_judge_scores_what_was_answered(load, tmp_path):
         dict(
             step=s,
             prompt="list 3 animals",
-            reference="cat dog",
+            expert="cat dog",
             completion=f"dog w{s}",
             truncated=s == 1,
             reward=0.5,
@@ -226,7 +230,7 @@ def test_a_judge_scores_what_was_answered(load, tmp_path):
         for s in (0, 1)
     ]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    compare.score_samples(tmp_path / "samples.jsonl", tmp_path / "judge")
+    jobs.score_samples(tmp_path / "samples.jsonl", tmp_path / "judge")
     scored = read_jsonl(tmp_path / "samples.jsonl")
     texts = ["dog w0", "dog w1", "cat dog"]
     a, b, y = policy.sequence_scores(
@@ -235,6 +239,6 @@ def test_a_judge_scores_what_was_answered(load, tmp_path):
     assert [line["judge_reward"] for line in scored] == pytest.approx(
         [a, b], abs=0.2
     )  # bf16; no penalty for being cut
-    assert [line["judge_reference_reward"] for line in scored] == pytest.approx([y, y], abs=0.2) and scored[
-        0
-    ]["reward"] == 0.5
+    assert [line["judge_expert_reward"] for line in scored] == pytest.approx([y, y], abs=0.2) and scored[0][
+        "reward"
+    ] == 0.5

@@ -1,4 +1,6 @@
-"""Discriminators: what they read, what they learn from, and how they are tested; and the script that makes expert answers."""
+"""Discriminators: what they read, what they learn from, and how they are tested; and the script that makes
+expert answers.
+"""
 
 import json
 import random
@@ -10,13 +12,15 @@ from conftest import randomise_all
 from test_uniapl import FEW, SMALL, trainer
 
 import discriminator
-from data import UserError, chat_tasks, load_records, teach, tiny_tasks
+import train
+from data import UserError, chat_tasks, load_records, tiny_tasks
 from data.chat_tasks import another_answer as another_chat_answer
 from data.tiny_tasks import another_answer as another_tiny_answer
 from discriminator import DiscriminatorConfig, another_expert, condition, expert_pairs, measure, scores
+from engine.folders import read_jsonl
 from engine.settings import check_settings
 from policy import Policy
-from uniapl import command_line
+from uniapl import UNIAPL, command_line
 
 PROMPTS, EXPERTS = [[5, 6, 7], [8, 9]], [[20, 21, 3], [22, 3]]
 CANDIDATES = [[[10, 11, 12, 3], [14, 3]], [[15, 16, 3], [17, 18, 19]]]
@@ -38,7 +42,8 @@ def config(**changes):
     return check_settings(DiscriminatorConfig(model="tiny", **{"pairs": 40, **changes}))
 
 
-# --------------------------------------------------------------------------------------------------------------- scores
+# ----------------------------------------------------------------------------------------------------------
+# scores
 
 
 def alone(policy, role, ids):
@@ -49,7 +54,9 @@ def alone(policy, role, ids):
 
 @pytest.mark.parametrize("most", (1, 4096))
 def test_polar_reads_prompt_expert_prompt_candidate(policy, most):
-    """The score is that of `q y q o` alone, at o's last token; the other candidates of the pack change nothing."""
+    """The score is that of `q y q o` alone, at o's last token; the other candidates of the pack change
+    nothing.
+    """
     found = scores("polar", policy, PROMPTS, EXPERTS, CANDIDATES, most)
     for q, y, group, row in zip(PROMPTS, EXPERTS, CANDIDATES, found):
         for o, D in zip(group, row):
@@ -84,7 +91,8 @@ def test_embedding_is_the_cosine_of_mean_states_of_the_backbone(policy, most):
     ).abs().max() > 0.01  # so the adapter would show
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+# ----------------------------------------------------------------------------------------------------------
+# pairs
 
 
 @pytest.mark.parametrize(
@@ -108,7 +116,9 @@ def test_a_second_reference_is_another_text_of_the_same_kind(make, another):
 
 
 def test_roles_of_a_pair_are_random_and_never_the_same_text(tiny):
-    """A fixed order of the two experts, or a copy of the reference as the positive, is learnt in their place."""
+    """A fixed order of the two experts, or a copy of the reference as the positive, is learnt in their
+    place.
+    """
     c, records = config(max_new_tokens=24), load_records("tasks", "train", 200, seed=1, level="tiny")
     pairs, where = expert_pairs(tiny, records, c, 3), Counter()
     assert pairs == expert_pairs(tiny, records, c, 3)
@@ -153,7 +163,8 @@ def test_pairs_that_cannot_be_used_are_counted_or_refused(tiny, capsys):
         expert_pairs(tiny, [short], c, 0)
 
 
-# ------------------------------------------------------------------------------------------------------ learning, testing
+# ------------------------------------------------------------------------------------------------------
+# learning, testing
 
 
 def test_polar_learns_what_sets_the_expert_apart(tiny_file):
@@ -195,10 +206,10 @@ def test_judge_scores_samples_and_a_second_expert():
     t = trainer("a-grpo", "--discriminator", "polar")
     batch = t.rollout(t.next_records())
     D, metrics = discriminator.judge(t, "polar", batch)
-    plain = scores("polar", t.policy, batch.prompts, batch.references, batch.completions)
+    plain = scores("polar", t.policy, batch.prompts, batch.experts, batch.completions)
     torch.testing.assert_close(D, torch.tensor(plain), rtol=1e-3, atol=1e-4)
     seconds = [[t.policy.encode_answer(another_expert(r, t.config))] for r in batch.records]
-    expert = [row[0] for row in scores("polar", t.policy, batch.prompts, batch.references, seconds)]
+    expert = [row[0] for row in scores("polar", t.policy, batch.prompts, batch.experts, seconds)]
     wins = [(e > o) + 0.5 * (e == o) for e, row in zip(expert, plain) for o in row]
     assert metrics["score/expert"] == pytest.approx(sum(expert) / 3, abs=1e-4) and metrics[
         "score/accuracy"
@@ -223,12 +234,14 @@ def test_a_reward_model_is_no_discriminator(tiny, tmp_path, capsys):
     assert "made by python uniapl.py discriminator" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------- teach
+# ----------------------------------------------------------------------------------------------------------
+# teach
 
 
 def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
     out = tmp_path / "teacher.jsonl"
     flags = [
+        "teach",
         "--model",
         "tiny",
         "--quantize",
@@ -242,7 +255,7 @@ def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
         "--out",
         str(out),
     ]
-    assert teach.main(flags) == 0
+    assert command_line(flags) == 0
     said, records = capsys.readouterr().out, [json.loads(line) for line in out.read_text().splitlines()]
     from reward import verifier
 
@@ -259,7 +272,7 @@ def test_teacher_answers_pass_and_are_distinct(tmp_path, capsys):
         and 5 < len(records) < 40
     )
     assert load_records(str(out), "train")  # it is data for the methods
-    assert teach.main(flags) == 2 and "exists already" in capsys.readouterr().err
+    assert command_line(flags) == 2 and "exists already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -278,8 +291,9 @@ def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
     )
     flags = [str(tmp_path / "plain.jsonl") if f == "PLAIN" else f for f in flags]
     assert (
-        teach.main(
+        command_line(
             [
+                "teach",
                 "--model",
                 "tiny",
                 "--prompts",
@@ -295,3 +309,28 @@ def test_teach_refuses_what_cannot_work(flags, said, tmp_path, capsys):
     )
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1 and not (tmp_path / "t.jsonl").exists()
+
+
+def test_a_runs_polar_discriminator_stays_with_it_and_repeats_it(tmp_path):
+    """Which of its checkpoints is kept hangs on rounding, so that another CPU could not repeat a run of
+    UniAPL.
+    """
+    small = "--model tiny --device cpu --quantize none --steps 1 --prompts-per-step 2 --group-size 2"
+    small += " --eval-prompts 2"
+    small += " --discriminator-pairs 20 --discriminator-epochs 1"
+    for name, kind in (("run", "polar"), ("again", tmp_path / "run" / "discriminator")):
+        flags = [*small.split(), "--discriminator", str(kind), "--out", str(tmp_path / name)]
+        assert train.main(UNIAPL, flags) == 0
+    assert {p.name for p in (tmp_path / "run" / "discriminator").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "discriminator.json",
+    }
+    assert not (tmp_path / "again" / "discriminator").exists()  # it was not trained there
+
+    def numbers(name):
+        lines = read_jsonl(tmp_path / name / "metrics.jsonl")
+        unlike = ("time/", "memory/", "tokens/per_second")
+        return [{k: v for k, v in line.items() if not k.startswith(unlike)} for line in lines]
+
+    assert numbers("run") == numbers("again") and "score/policy" in numbers("run")[1]

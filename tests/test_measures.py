@@ -81,7 +81,7 @@ def test_a_pairwise_reward_calls_the_same_differences_ties():
     assert reward(prompts, chosen, chosen=chosen) == [0] * len(answers)
 
 
-ANSWER = {"prompt": "p", "reference": "r", "tokens": 2, "truncated": False, "reference_reward": 1.0}
+ANSWER = {"prompt": "p", "expert": "r", "tokens": 2, "truncated": False, "expert_reward": 1.0}
 
 
 def test_a_run_that_answers_with_the_expert_texts_ties_with_them():
@@ -90,8 +90,8 @@ def test_a_run_that_answers_with_the_expert_texts_ties_with_them():
     rng = np.random.default_rng(0)
     samples = []
     for i in range(40):
-        rewards = {"reward": 1.0 + 0.1 * rng.normal(), "reference_reward": 1.0 + 0.1 * rng.normal()}
-        samples.append(ANSWER | {"completion": f"text {i}", "reference": f"text {i}"} | rewards)
+        rewards = {"reward": 1.0 + 0.1 * rng.normal(), "expert_reward": 1.0 + 0.1 * rng.normal()}
+        samples.append(ANSWER | {"completion": f"text {i}", "expert": f"text {i}"} | rewards)
     assert summary(samples)["ras"] == {"win": 0.0, "tie": 1.0, "loss": 0.0}
     assert summary(samples)["ras_interval"] == (0.0, 0.0)
     # the same words, cut at the limit, are another answer: it did not end, and lost its reward for it
@@ -112,12 +112,13 @@ def test_few_prompts_have_no_interval():
 # The sentence and the alarms
 
 
-def samples(rewards, expert=0.5, texts=None, floor=None, **columns):
-    """Held-out answers, one per reward, whose texts differ unless they are given."""
+def samples(rewards, expert=0.5, texts=None, floor=None, said=None, **columns):
+    """Held-out answers, one per reward, whose texts differ unless they are given; said: by every expert."""
     found = []
     for i, reward in enumerate(rewards):
-        sample = {"prompt": f"prompt {i}", "reference": f"expert {i}", "completion": f"answer {i} {reward}"}
-        sample |= {"reward": float(reward), "reference_reward": float(expert), "tokens": 4, "kl": 2.0}
+        sample = {"prompt": f"prompt {i}", "expert": said or f"expert {i}"}
+        sample["completion"] = f"answer {i} {reward}"
+        sample |= {"reward": float(reward), "expert_reward": float(expert), "tokens": 4, "kl": 2.0}
         sample |= {"truncated": False, **columns}
         if texts is not None:
             sample["completion"] = texts[i]
@@ -185,7 +186,7 @@ def test_a_sound_run_has_no_alarm():
             ["28% of the prompts", "'yes'", "before: 2%", "expert answers: 2%"],
         ),
         # a task whose expert answers are one text, too: there it is no collapse
-        (samples(SOUND, texts=["yes"] * 40, reference="yes"), []),
+        (samples(SOUND, texts=["yes"] * 40, said="yes"), []),
         (samples([0.5] * 40), ["every answer after training earns the same, 0.500"]),
         (samples(SOUND[:29]), ["29 held-out prompts are fewer than 30"]),
         (samples(SOUND, kl=8.0), []),  # 2 nats a token
@@ -207,7 +208,7 @@ def test_alarm_of_a_reward_that_never_varied_and_of_experts_that_fail():
     for passing, words in ((21, []), (20, ["50% of the expert answers earn nothing"])):
         for part in (before, after):
             for i, sample in enumerate(part):
-                sample["reference_reward"] = float(i < passing)
+                sample["expert_reward"] = float(i < passing)
         found = alarms(before, after)
         assert len(found) == len(words) and all(word in alarm for word, alarm in zip(words, found))
     for sample in after:

@@ -52,7 +52,7 @@ def batch(B, G, group):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Eq. (4)
 
 
@@ -88,7 +88,9 @@ def test_advantages_are_over_the_group_not_the_batch(group):
 @pytest.mark.parametrize("reward", (0.1 * 7, 1 / 3, 1e8 + 0.1, -2.7e-9, 0.0))
 @pytest.mark.parametrize("G", (2, 6, 7))
 def test_a_tied_group_has_advantage_exactly_0(G, reward, dtype):
-    """The mean of equal numbers is off by a rounding error, which over an equally small deviation is an advantage of 1."""
+    """The mean of equal numbers is off by a rounding error, which over an equally small deviation is an
+    advantage of 1.
+    """
     rewards = torch.full((1, G), reward, dtype=dtype)
     for group in GROUPS:
         A_o, A_y = group_advantages(rewards, rewards[:, 0], group)
@@ -96,7 +98,9 @@ def test_a_tied_group_has_advantage_exactly_0(G, reward, dtype):
 
 
 def test_tied_samples_beside_another_reference():
-    """samples: no scale, nothing to learn. with_reference: a better answer is imitated, with the largest advantage there is."""
+    """samples: no scale, nothing to learn. with_reference: a better answer is imitated, with the largest
+    advantage there is.
+    """
     rewards, y = torch.full((1, 4), 0.7), torch.tensor([0.9])
     assert not torch.cat([x.flatten() for x in group_advantages(rewards, y, "samples")]).any()
     A_o, A_y = group_advantages(rewards, y, "with_reference")
@@ -131,7 +135,7 @@ def test_an_unknown_group_is_refused():
         group_advantages(torch.zeros(2, 3), torch.zeros(2), group="batch")
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Eq. (3)
 
 
@@ -140,7 +144,7 @@ def test_an_unknown_group_is_refused():
 @pytest.mark.parametrize("B, G", SHAPES)
 @pytest.mark.parametrize("beta, lam", ((0.5, 0.6), (0.0, 0.6), (0.5, 0.0), (0.0, 0.0)))
 def test_loss_is_eq_3(B, G, group, beta, lam, without):
-    """Value, gradient and each ablation; the parts sum to the objective, of which the loss is the negative."""
+    """Value, gradient, each ablation; the parts sum to the objective, the loss is its negative."""
     J_expl, J_imit, A_o, A_y = batch(B, G, group)
     loss, parts = grao_loss(J_expl, J_imit, A_o, A_y, beta, lam, without)
     plain = [
@@ -159,7 +163,9 @@ def test_loss_is_eq_3(B, G, group, beta, lam, without):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_regulariser_only_weighs_anew(group):
-    """J = (1 + lam) * exploration + (beta + lam / G or beta) * imitation: no direction that was not there before."""
+    """J = (1 + lam) * exploration + (beta + lam / G or beta) * imitation: no direction that was not there
+    before.
+    """
     beta, lam, G = 0.5, 0.6, 5
     J_expl, J_imit, A_o, A_y = batch(4, G, group)
     weight = beta + (lam / G if group == "with_reference" else 0)
@@ -173,7 +179,9 @@ def test_the_regulariser_only_weighs_anew(group):
 
 
 def test_value_and_gradient_are_different_things():
-    """With equal log-likelihoods the objective of a group is 0, and its gradient is not: users took a loss of 0 for a bug."""
+    """With equal log-likelihoods the objective of a group is 0, and its gradient is not: users took a loss of
+    0 for a bug.
+    """
     A_o, A_y = group_advantages(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0.0]), "samples")
     J_expl = torch.full((1, 3), -2.0, requires_grad=True)
     loss, _ = grao_loss(J_expl, torch.tensor([-2.0]), A_o, A_y, beta=0.0, lam=0.6)
@@ -208,7 +216,9 @@ def test_the_average_is_over_prompts():
 
 
 def test_exploration_alone_is_on_policy_grpo():
-    """With one update for each rollout the gradient of log pi is that of the ratio: what GRAO adds to GRPO is imitation, and nothing else."""
+    """With one update for each rollout the gradient of log pi is that of the ratio: what GRAO adds to GRPO is
+    imitation, and nothing else.
+    """
     B, G, T = 3, 4, 5
     generator = torch.Generator().manual_seed(0)
     logps = -torch.rand(B, G, T, generator=generator, dtype=torch.float64).requires_grad_()

@@ -32,7 +32,7 @@ def adapter(shared, tmp_path_factory):
     return tmp_path_factory.getbasetemp() / "saved0" / "adapter"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Roles
 
 
@@ -44,7 +44,7 @@ def test_kl_is_exactly_0_at_the_first_step(load, family, quantize):
 
 @pytest.mark.parametrize("quantize", ("none", "nf4"))
 def test_kl_is_exactly_0_when_training_starts_from_an_adapter(load, adapter, quantize):
-    """With "adapter off" as the reference, training was pulled back to the base model from its first step on."""
+    """With "adapter off" as the reference, training was pulled back to the base from its first step on."""
     policy = load(fresh=True, adapter=adapter, quantize=quantize)
     reference = score(policy, "reference")
     assert torch.equal(score(policy), reference)
@@ -75,7 +75,7 @@ def test_an_exception_leaves_no_role_behind(load, adapter, start):
     with pytest.raises(ZeroDivisionError), policy.role("reference"):
         with pytest.raises(KeyError), policy.role("policy"):
             raise KeyError
-        1 / 0
+        raise ZeroDivisionError
     assert torch.equal(score(policy), before)
     assert [p.requires_grad for p in policy.hf.parameters()] == grads
     with pytest.raises(KeyError):
@@ -90,7 +90,9 @@ def edited(adapter, directory, **changes):
 
 
 def test_lora_dropout_leaves_the_ratio_at_1(load, adapter, tmp_path):
-    """An adapter trained elsewhere brings its dropout along; ratios then scatter around 1 before the first update."""
+    """An adapter trained elsewhere brings its dropout along; ratios then scatter around 1 before the first
+    update.
+    """
     dropped = edited(adapter, tmp_path / "dropped", lora_dropout=0.5)
     policy = load(fresh=True, adapter=dropped)
     assert policy.peft.peft_config["default"].lora_dropout == 0.5 and policy.hf.training
@@ -102,7 +104,9 @@ def test_lora_dropout_leaves_the_ratio_at_1(load, adapter, tmp_path):
 
 @pytest.mark.parametrize("family", ("gpt2", "opt"))
 def test_a_models_own_dropout_leaves_the_ratio_at_1(model_dir, family):
-    """0.1 by default in both; OPT hands its rate to F.dropout, GPT-2 to attention, so Dropout.eval() reaches neither."""
+    """0.1 by default in both; OPT hands its rate to F.dropout, GPT-2 to attention, so Dropout.eval() reaches
+    neither.
+    """
     policy = Policy.load(
         model_dir(family, num_key_value_heads=None, head_dim=None), device="cpu", dtype="float32"
     )
@@ -113,7 +117,9 @@ def test_a_models_own_dropout_leaves_the_ratio_at_1(model_dir, family):
     "family, changes", (("lfm2", dict(layer_types=["conv", "full_attention"])), ("stablelm", {}))
 )
 def test_an_architecture_that_mixes_neighbours_is_refused(model_dir, family, changes):
-    """A convolution runs over the end of one text into the next, and scores were wrong by nats without a sign."""
+    """A convolution runs over the end of one text into the next, and scores were wrong by nats without a
+    sign.
+    """
     with pytest.raises(UserError, match="cannot be scored"):
         Policy.load(model_dir(family, **changes), device="cpu", dtype="float32")
 
@@ -171,13 +177,13 @@ def test_a_role_that_is_none_is_refused(load, shared, adapter, tmp_path):
         load("phi").add_role("judge", good)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Precision, seeds, NF4
 
 
 @pytest.mark.parametrize("quantize", ("none", "nf4"))
 def test_adapters_stay_fp32_and_move_at_a_tiny_learning_rate(load, quantize):
-    """AdamW at 1e-6 moves every parameter by about 1e-6; in bf16 most of the matrix A would not move at all."""
+    """AdamW at 1e-6 moves every parameter by about 1e-6; in bf16 most of matrix A would not move at all."""
     policy = load(dtype="bfloat16", quantize=quantize)
     assert policy.hf.get_input_embeddings().weight.dtype == torch.bfloat16
     params = policy.trainable()
@@ -203,7 +209,9 @@ def test_the_seed_alone_makes_the_adapter(load):
 
 @pytest.mark.parametrize("family", ("qwen3", "phi"))
 def test_nf4_keeps_its_gradient_after_forwards_without_one(load, family):
-    """bitsandbytes repacks a CPU weight for good in the first such forward in eval mode, and later gradients are None or 0."""
+    """bitsandbytes repacks a CPU weight for good in the first such forward in eval mode, and later gradients
+    are None or 0.
+    """
     policy = load(family, quantize="nf4")
 
     def gradients():
@@ -217,12 +225,14 @@ def test_nf4_keeps_its_gradient_after_forwards_without_one(load, family):
     assert all(torch.equal(x, y) and y.abs().max() > 0 for x, y in zip(before, after))
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text
 
 
 def test_a_prompt_is_the_template_without_thinking(shared):
-    """Qwen3 thinks unless enable_thinking=False reaches the template, and each answer then begins with a thousand tokens of it."""
+    """Qwen3 thinks unless enable_thinking=False reaches the template, and each answer then begins with a
+    thousand tokens of it.
+    """
     expected = "<|im_start|> user list 3 animals <|im_end|> <|im_start|> assistant <think> </think>".split()
     for prompt in ("list 3 animals", [{"role": "user", "content": "list 3 animals"}]):
         assert [WORDS[i] for i in shared().encode_prompt(prompt)] == expected
@@ -249,7 +259,7 @@ def test_prompts_without_a_template_and_with_one_that_refuses(load):
 
 
 def test_an_answer_ends_with_one_eos(load):
-    """Templates and tokenizers that add an EOS of their own gave two, and the model learned to say it twice."""
+    """Templates and tokenizers that add an EOS of their own gave two, and the model learned to say two."""
     policy = load(fresh=True)
     assert policy.encode_answer("cat dog") == [WORDS.index("cat"), WORDS.index("dog"), END_OF_TURN]
     assert policy.encode_answer("") == [END_OF_TURN]
@@ -259,7 +269,7 @@ def test_an_answer_ends_with_one_eos(load):
     assert policy.decode(policy.encode_answer("cat dog")) == "cat dog"
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Saving and merging
 
 
@@ -304,7 +314,9 @@ def test_saving_is_whole_or_not_at_all(load, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("quantize", ("none", "nf4"))
 def test_merging_goes_through_16_bit(load, tmp_path, quantize):
-    """Merged into 4-bit weights the adapter is rounded away. The result needs no PEFT and says what the policy says."""
+    """Merged into 4-bit weights the adapter is rounded away. The result needs no PEFT and says what the
+    policy says.
+    """
     policy = load(quantize=quantize)
     difference = policy.merge(tmp_path / "merged")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
@@ -322,7 +334,7 @@ def test_merging_goes_through_16_bit(load, tmp_path, quantize):
     assert (score(unquantised)[0, 2] - theirs).abs().mean() < 0.1
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What a user can get wrong: one line that names the thing
 
 
@@ -391,7 +403,7 @@ def test_adapters_that_cannot_be_loaded(model_dir, adapter, tmp_path):
     torch.save({}, pickled / "adapter_model.bin")
     adapter_refused("pickle", pickled)
     (pickled / "adapter_model.safetensors").write_bytes(b"half")
-    adapter_refused("does not fit", pickled)
+    adapter_refused("model.safetensors cannot be read", pickled)
     (pickled / "adapter_config.json").write_text("{")
     adapter_refused("not JSON", pickled)
     made_for = "does not fit.*it was made for .*qwen3"
@@ -416,7 +428,9 @@ def test_adapters_that_cannot_be_loaded(model_dir, adapter, tmp_path):
     ids=str,
 )
 def test_adapters_that_are_more_than_plain_lora(model_dir, tmp_path, option):
-    """Scoring and sampling compute W + s B A. Biases, magnitudes and further weights would be loaded and then left out."""
+    """Scoring and sampling compute W + s B A. Biases, magnitudes and further weights would be loaded and then
+    left out.
+    """
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir("qwen2"), dtype=torch.float32)
     get_peft_model(
         base, LoraConfig(**dict(task_type="CAUSAL_LM", r=4, target_modules="all-linear") | option)

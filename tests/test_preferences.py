@@ -77,6 +77,8 @@ def test_a_held_out_dialogue_is_not_trained_on_even_where_it_is_too_long_to_be_m
             ],
             "chosen": "red " * (60 if i % 3 == 0 else 1),  # so all answers of a third of the dialogues
             "rejected": "cat",
+            # a file that splits by turn, against better advice: six long ones, four short ones
+            "split": "heldout" if i in range(30, 36) or i in range(6, 10) else "train",
         }
         for i in range(90)
     ]
@@ -150,11 +152,11 @@ def test_a_length_shortcut_is_visible():
 def test_report_has_intervals_and_quartiles():
     one = {
         "prompt": "p",
-        "reference": "r",
+        "expert": "r",
         "completion": "c",
         "tokens": 2,
         "truncated": False,
-        "reference_reward": 1.0,
+        "expert_reward": 1.0,
     }
     before = [one | {"reward": 0.0}] * 32
     after = [one | {"reward": 2.0, "completion": "d"}] * 24 + [one | {"reward": -1.0, "completion": "e"}] * 8

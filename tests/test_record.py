@@ -17,8 +17,8 @@ import train
 from data import UserError
 from engine import folders, record
 from engine.command_line import exit_status
-from engine.folders import locked, read_jsonl, reserve, to_json, whole_directory
-from engine.record import RunFolder
+from engine.folders import locked, reserve, to_json, whole_directory
+from engine.record import RunFolder, read_jsonl
 from minigrao import GRAO
 
 ROOT = Path(__file__).parents[1]

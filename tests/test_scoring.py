@@ -1,4 +1,6 @@
-"""Log-probabilities, their gradient and their memory, against a full log_softmax and transformers' own forward pass."""
+"""Log-probabilities, their gradient and their memory, against a full log_softmax and transformers' own
+forward pass.
+"""
 
 import itertools
 
@@ -11,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 import policy as policy_module
 from data import UserError
 from engine import scoring
-from engine.scoring import ChunkedLogProb, Pack
+from engine.scoring import ChunkedLogProb, Pack, plain_token_logps
 from policy import Policy
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The output head
 
 
@@ -42,7 +44,9 @@ def dense(hidden, weight, bias, targets, temperature):
 @pytest.mark.parametrize("chunk", (1, 2, 13, 192))  # rows: one, two with a rest, all, more
 @pytest.mark.parametrize("dtype, tolerance", ((torch.float64, 1e-12), (torch.float32, 1e-5)))
 def test_chunked_log_probs_are_the_dense_ones(monkeypatch, dtype, tolerance, chunk, bias, temperature):
-    """Value, gradient and entropy, with the last chunk cut short. Scores forgot the temperature or the head's bias elsewhere."""
+    """Value, gradient and entropy, with the last chunk cut short. Scores forgot the temperature or the head's
+    bias elsewhere.
+    """
     monkeypatch.setattr(scoring, "CHUNK_ROWS", chunk)
     args = (*head(dtype=dtype, bias=bias), temperature)
     weights = torch.linspace(-1, 2, 13, dtype=dtype)
@@ -93,7 +97,9 @@ def peak_bytes(f):
 
 
 def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
-    """151,936 columns: a 0.6B model ran out of 20 GB. Here the peak is a few chunks and what is as large as the hidden states."""
+    """151,936 columns: a 0.6B model ran out of 20 GB. Here the peak is a few chunks and what is as large as
+    the hidden states.
+    """
     tokens, vocabulary, width, chunk = 512, 20_000, 64, 16
     monkeypatch.setattr(scoring, "CHUNK_ROWS", chunk)
     args = (*head(tokens, vocabulary, width, torch.float32, bias=False), 1.0)
@@ -105,7 +111,7 @@ def test_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
     assert peak(ChunkedLogProb.apply) < 4 * (3.2 * chunk * vocabulary + 5 * tokens * width)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Groups in one ragged row
 
 PROMPTS = random_ids((5, 1, 9), seed=1)
@@ -127,16 +133,22 @@ def assert_same_gradients(ours, theirs, tolerance=1e-5):
     assert all(g.abs().max() > 0 for g in ours.values())
     for name in ours:
         torch.testing.assert_close(
-            ours[name], theirs[name], rtol=1e-4, atol=tolerance * float(scale), msg=lambda m: f"{name}: {m}"
+            ours[name],
+            theirs[name],
+            rtol=1e-4,
+            atol=tolerance * float(scale),
+            msg=lambda m, name=name: f"{name}: {m}",
         )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_groups_are_the_dense_model(shared, oracle, family):
-    """Log-probs, entropy and LoRA gradients at T = 0.7; the other side sees one sequence at a time, padded on either side.
+    """Log-probs, entropy and LoRA gradients at T = 0.7; the other side sees one sequence at a time, padded on
+    either side.
 
-    What has gone wrong elsewhere: padding that shifts positions, EOS masked out because pad == eos, scores without the
-    temperature, neighbours in the row or in the group that leak into each other, ragged lengths, lengths of 1.
+    What has gone wrong elsewhere: padding that shifts positions, EOS masked out because pad == eos, scores
+    without the temperature, neighbours in the row or in the group that leak into each other, ragged lengths,
+    lengths of 1.
     """
     scored = shared(family).token_logps(PROMPTS, COMPLETIONS, 0.7)
     model, loss = oracle(family), 0
@@ -157,11 +169,43 @@ def test_packed_groups_are_the_dense_model(shared, oracle, family):
     )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_scores_are_those_of_the_slow_twin(shared, family):
+    """Fifteen plain lines (pad, forward, log_softmax, gather) have the values, the mask and the gradients."""
+    policy = shared(family)
+    ours = policy.token_logps(PROMPTS, COMPLETIONS, 0.7)
+    theirs, mask = plain_token_logps(policy.hf, PROMPTS, COMPLETIONS, 0.7)
+    assert torch.equal(ours.mask, mask)
+    torch.testing.assert_close(ours.logps, theirs, rtol=1e-5, atol=1e-5)
+    losses = [(logps * WEIGHTS).sum() for logps in (ours.logps, theirs)]
+    assert_same_gradients(*(gradients(loss, policy.peft) for loss in losses))
+    # the twin left no trace
+    assert torch.equal(policy.token_logps(PROMPTS, COMPLETIONS, 0.7).logps, ours.logps)
+
+
+def test_the_layout_is_the_one_that_is_drawn_beside_it():
+    """Pack's comment shows two prompts with two completions each; a drawing that lies is worse than none."""
+    p, q, a, b, c, d = [10, 11], [20], [30, 31], [40], [50], [60, 61]
+    pack = Pack([p, q], [[a, b], [c, d]], "cpu")
+    assert pack.ids.tolist() == [[10, 11, 20, 30, 31, 40, 50, 60, 61]]
+    assert pack.positions.tolist() == [[0, 1, 0, 2, 3, 2, 1, 1, 2]]
+    assert pack.p_index.tolist() == [[0, 1], [2, 0]]
+    assert pack.c_index.tolist() == [[3, 4], [5, 0], [6, 0], [7, 8]]
+    assert pack.source.tolist() == [[1, 3], [1, 0], [2, 0], [2, 7]]
+    assert pack.last.tolist() == [4, 5, 6, 8]
+    seen = pack.attend_mask[:, 0].int().tolist()  # of each completion: (T, P + T)
+    assert seen[0] == [[1, 1, 1, 0], [1, 1, 1, 1]]  # p0 p1 a0 a1
+    assert seen[1][0] == [1, 1, 1, 0] and seen[2][0] == [1, 0, 1, 0]  # p0 p1 b0; q0 c0
+    assert seen[3] == [[1, 0, 1, 0], [1, 0, 1, 1]]  # q0 d0 d1
+
+
 @pytest.mark.parametrize(
     "family, options", (("qwen2", {}), ("qwen2", dict(quantize="nf4")), ("phi", dict(quantize="nf4")))
 )
 def test_lora_layers_are_pefts(load, family, options):
-    """Their forward and backward are written by hand: against PEFT's own, with the adapter on, off, and in 4 bits."""
+    """Their forward and backward are written by hand: against PEFT's own, with the adapter on, off, and in 4
+    bits.
+    """
     policy = load(family, **options)
 
     def results():
@@ -180,7 +224,9 @@ def test_lora_layers_are_pefts(load, family, options):
 
 
 def test_eos_receives_gradient_though_it_is_the_padding(shared):
-    """A mask made of token ids would hide EOS together with the padding, and answers would never learn to end."""
+    """A mask made of token ids would hide EOS together with the padding, and answers would never learn to
+    end.
+    """
     logps = shared().token_logps(PROMPTS, COMPLETIONS).logps
     ends = torch.stack([logps[b, i, len(COMPLETIONS[b][i]) - 1] for b in range(3) for i in range(2)])
     assert all(g.abs().max() > 0 for g in gradients(ends.sum(), shared().peft).values())
@@ -199,7 +245,9 @@ def test_order_and_company_do_not_matter(shared):
 
 @pytest.mark.parametrize("family, options", (("qwen3", {}), ("phi", {}), ("qwen3", {"quantize": "nf4"})))
 def test_checkpointed_gradients_are_the_same(load, family, options):
-    """Checkpointing is silently off in eval mode, and loses all gradients where no input of a layer requires one."""
+    """Checkpointing is silently off in eval mode, and loses all gradients where no input of a layer requires
+    one.
+    """
     policy, plain = load(family, gradient_checkpointing=True, **options), load(family, **options)
     calls = []
     policy.hf.base_model.layers[0].input_layernorm.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -212,7 +260,9 @@ def test_checkpointed_gradients_are_the_same(load, family, options):
 
 
 def test_sequence_mean_and_samples(shared):
-    """sequence_mean divides by each completion's own length; samples() drops the last of each group and the columns it alone needed."""
+    """sequence_mean divides by each completion's own length; samples() drops the last of each group and the
+    columns it alone needed.
+    """
     scored = shared().token_logps(PROMPTS, COMPLETIONS)
     means = [
         [scored.logps.detach()[b, i, : len(c)].mean() for i, c in enumerate(g)]
@@ -224,7 +274,7 @@ def test_sequence_mean_and_samples(shared):
     assert torch.equal(samples.logps, scored.logps[:, :2, :8])
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is refused
 
 
@@ -246,7 +296,9 @@ def test_malformed_groups_are_refused(prompts, completions):
 
 
 def test_sliding_window_shorter_than_the_text_is_refused(model_dir):
-    """Every token would see the whole text, unlike in the model's own forward pass, and no number would look wrong."""
+    """Every token would see the whole text, unlike in the model's own forward pass, and no number would look
+    wrong.
+    """
     policy = Policy.load(model_dir("mistral", sliding_window=8), device="cpu", dtype="float32")
     policy.token_logps([[5] * 4], [[[6] * 4]])
     policy.generate([[5] * 4], max_new_tokens=4)
@@ -281,7 +333,7 @@ def test_attention_that_is_not_plain_is_refused(feature):
         scoring.shared_prefix_attention(module, q, q, q, None, layout=pack, **feature)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Groups too large for one pass
 
 
@@ -313,14 +365,16 @@ def test_values_in_several_passes(monkeypatch, load):
 
 
 def test_memory_kept_for_the_backward_pass_is_that_of_one_pass(monkeypatch, load):
-    """A group of 8 x 64 tokens kept the activations of 512 tokens; in passes of 64 it keeps next to nothing until one is computed again."""
+    """A group of 8 x 64 tokens kept the activations of 512 tokens; in passes of 64 it keeps next to nothing
+    until one is computed again.
+    """
     deep = load()
     kept = []
     for limit in (10**6, 64):
         monkeypatch.setattr(policy_module, "PASS_TOKENS", limit)
         storages = {}
 
-        def keep(x):
+        def keep(x, storages=storages):
             storages[x.untyped_storage().data_ptr()] = x
             return x
 

@@ -31,7 +31,9 @@ def test_interval_of_one_seed_is_over_prompts_and_of_one_prompt_over_seeds():
 
 
 def test_prompts_are_crossed_with_seeds():
-    """A hard prompt is hard for every seed: ten seeds do not make the prompts' part smaller, as prompts drawn apart for each seed would."""
+    """A hard prompt is hard for every seed: ten seeds do not make the prompts' part smaller, as prompts drawn
+    apart for each seed would.
+    """
     x = np.random.default_rng(2).normal(size=100)
     assert half_width(np.tile(x, (10, 1))) == pytest.approx(half_width(x[None, :]), rel=0.1)
     seeds = np.random.default_rng(3).normal(size=12)

@@ -1,14 +1,20 @@
-"""plots/study.py, tables.py and figures.py on made-up logs of every run: what is kept, what is drawn, what the numbers are."""
+"""plots.study, the tables and the figures on made-up logs of every run: what is kept, drawn and counted."""
 
+import gzip
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from matplotlib.image import imread
 
 from data import UserError
+from engine.command_line import exit_status
 from engine.record import read_jsonl
-from plots import figures, study, suites, tables
+from plots import axes, figures, study, suites, tables, tables_parts, words
 
 PROMPTS, STEPS = 12, 6
 
@@ -37,7 +43,7 @@ def write_run(folder, name, seed, reward, judged=False):
             if name.startswith("uniapl"):
                 line |= {"score/accuracy": 1 - step / 10}
             line |= {f"share/{term}": 1 / 3 for term in ("exploration", "imitation", "regularizer")} | {
-                "advantage/reference": 1 - step / 4
+                "advantage/expert": 1 - step / 4
             }
         if step % 2 == 0:
             line |= {"eval/reward": 0.1 + (reward - 0.1) * step / STEPS}
@@ -47,19 +53,15 @@ def write_run(folder, name, seed, reward, judged=False):
         for i in range(PROMPTS):
             paid = float(i < round(PROMPTS * (reward if step else 0.25)))
             sample = dict(
-                step=step, prompt=f"prompt {i} | x", reference=f"reference {i}", completion=f"{name} {step}"
+                step=step, prompt=f"prompt {i} | x", expert=f"expert {i}", completion=f"{name} {step}"
             )
             sample |= dict(
-                reward=paid,
-                reference_reward=float(i % 2),
-                tokens=5 + i % 3,
-                reference_tokens=6,
-                truncated=False,
+                reward=paid, expert_reward=float(i % 2), tokens=5 + i % 3, expert_tokens=6, truncated=False
             )
-            sample |= dict(kl=1 / 3 if step else 0.0, logp_reference=-float(rng.random()))
+            sample |= dict(kl=1 / 3 if step else 0.0, logp_expert=-float(rng.random()))
             samples.append(
                 sample
-                | ({"judge_reward": 2.0 if step else 0.0, "judge_reference_reward": 1.0} if judged else {})
+                | ({"judge_reward": 2.0 if step else 0.0, "judge_expert_reward": 1.0} if judged else {})
             )
     for file, content in (("metrics", lines), ("samples", samples)):
         (folder / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in content))
@@ -130,6 +132,16 @@ def test_measures_by_hand(whole):
     assert study.matrix(logs, "grao", "reward").shape == (2, PROMPTS)
 
 
+def test_the_no_skill_floor_stands_below_the_tables_that_have_one(whole):
+    """A constant answer earned what the table showed for a trained policy, and no table said so."""
+    logs = study.load(whole)
+    assert words.floor_note(logs, ["grao"]) == "" and "No-skill floor" not in tables.comparison(logs)
+    for name in ("grao", "sft", "grpo-quality1"):
+        logs[name][0].after["floor_reward"] = np.array([0.25] * PROMPTS)
+    for table in (tables.comparison, tables_parts.ablations, tables_parts.quality, tables_parts.uniapl):
+        assert "\nNo-skill floor, the best of a few constant answers: 0.250.\n" in table(logs)
+
+
 def test_a_judge_decides_ras_and_nag_and_not_the_reward(tmp_path):
     logs = study.load(write_logs(tmp_path, ["grao", "grpo"], judged=True))
     assert study.matrix(logs, "grao", "ras").mean() == study.matrix(logs, "grao", "nag").mean() == 1
@@ -145,13 +157,13 @@ def test_every_figure_is_drawn_at_readme_width_and_every_method_is_in_the_tables
     assert figures.draw(study.load(whole), tmp_path) == list(figures.SECTIONS)
     for name in figures.SECTIONS:
         height, width, _ = imread(tmp_path / f"{name}.png").shape
-        assert width == figures.WIDTH * 160 and height < 1.1 * width
+        assert width == axes.WIDTH * 160 and height < 1.1 * width
     results, samples = ((tmp_path / name).read_text() for name in ("results.md", "samples.md"))
     assert all(f"]({name}.png)" in results for name in figures.SECTIONS)
     for name in suites.METHODS:
-        assert f"| {tables.label(name)} |" in results or f"| **{tables.label(name)}** |" in results, name
+        assert f"| {words.label(name)} |" in results or f"| **{words.label(name)}** |" in results, name
     for name in suites.COMPARED:
-        assert f"| {tables.label(name)} | {name} {STEPS} (" in samples
+        assert f"| {words.label(name)} | {name} {STEPS} (" in samples
     assert (
         "64.60 / 67.98" in results and "76.82 / 34.85" in results and "61.18 / 46.26" in results
     )  # the paper's own
@@ -169,24 +181,26 @@ def test_numbers_in_the_tables(whole):
         "| 2 | 41.7 [" in row and "| +50.0 [" in row and "0.750 [" in row and "| 0.33 [0.33, 0.33] |" in row
     )
     row = next(line for line in tables.comparison(logs).splitlines() if line.startswith("| GRAO − SFT"))
-    # Six prompts of twelve differ, all one way: 2 / 2^6 of the sign patterns. Seven tests; SFT's p is the smallest of them, with no other.
+    # Six prompts of twelve differ, all one way: 2 / 2^6 of the sign patterns. Seven tests; SFT's p is the
+    # smallest of them, with no other.
     assert f"| 0.031 | {min(1, 7 * 2 / 2**6):.2g} | prompts |" in row
     row = next(line for line in tables.reach(logs).splitlines() if line.startswith("| GRAO"))
     assert "| 3.7 | 0.62 [0.62, 0.62] | 0% |" in row  # 0.1 + 0.65 s / 6 = 0.5 at s = 3.69
     assert (
-        "\nSFT does not cross GRPO: level somewhere" in tables.crossings(logs) and tables.crossings({}) == ""
+        "\nSFT does not cross GRPO: level somewhere" in tables_parts.crossings(logs)
+        and tables_parts.crossings({}) == ""
     )
     cut = {name: logs[name] for name in ("grpo-quality1", "grao-quality0.25", "grao-quality1")}
-    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(
+    assert "\nGRAO crosses GRPO at 62% of right expert answers." in tables_parts.crossings(
         cut
     )  # 0.25 below at 25 %, 0.25 above at 100 %
     cut["grpo-quality1"] = cut["grpo-quality1"] | {
         9: logs["grao-quality1"][0]
     }  # a seed of GRPO's alone is no part of that
-    assert "\nGRAO crosses GRPO at 62% of right references." in tables.crossings(cut)
-    row = next(line for line in tables.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
+    assert "\nGRAO crosses GRPO at 62% of right expert answers." in tables_parts.crossings(cut)
+    row = next(line for line in tables_parts.anchor(logs).splitlines() if line.startswith("| unified, λ = 3"))
     assert row == "| unified, λ = 3 | 2 | 0.900 → 0.400 | 1.000 → 1.000 | 0.500 → 0.500 | 5.000 → 5.000 |"
-    assert "| CHORD (unified, λ = 0) | 2 | – |" in tables.anchor(logs)
+    assert "| CHORD (unified, λ = 0) | 2 | – |" in tables_parts.anchor(logs)
     assert "commit c0, c1." in tables.budgets(logs)
     budget = next(line for line in tables.budgets(logs).splitlines() if line.startswith("| GRPO |"))
     assert "| 2 | 6 | 6 | 2 | 96 | 600 | 0.001 | default | 6 |" in budget
@@ -226,11 +240,93 @@ def test_logs_that_are_none(tmp_path):
         study.load(logs)
 
 
+def test_one_packed_file_is_the_folders(whole, tmp_path):
+    """A study was hundreds of folders; one file of it has to draw the same, byte for byte, and to give them
+    back.
+    """
+    packed, again = tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.gz"
+    assert study.main(["pack", str(whole), str(packed)])
+    assert study.main(["unpack", str(packed), str(tmp_path / "unpacked")])
+    assert study.main(["pack", str(tmp_path / "unpacked"), str(again)])
+    assert packed.read_bytes() == again.read_bytes()  # no time of day in it, and no order of the disk's
+    folder = tmp_path / "unpacked" / "grao" / "seed-1"
+    assert read_jsonl(folder / "samples.jsonl") == read_jsonl(whole / "grao" / "seed-1" / "samples.jsonl")
+    few = ["grao", "grpo", "sft"]
+    drawn = []
+    for logs, out in ((study.load(whole), "c"), (study.load(packed), "d")):
+        figures.draw({name: logs[name] for name in few}, tmp_path / out)
+        drawn.append({path.name: path.read_bytes() for path in sorted((tmp_path / out).iterdir())})
+    assert drawn[0] == drawn[1] and len(drawn[0]) > 3
+
+
+def test_a_line_break_within_an_answer_is_not_the_end_of_a_line(tmp_path):
+    """str.splitlines also cuts at U+2028, which JSON writes as it is."""
+    files = {"config.json": {"a": "one\u2028two"}, "metrics.jsonl": [{"b": "three\x85four"}]}
+    (tmp_path / "logs" / "x").mkdir(parents=True)
+    study.write_files(tmp_path / "logs" / "x", files)
+    study.pack(tmp_path / "logs", tmp_path / "x.jsonl.gz")
+    assert (
+        list(study.folders(tmp_path / "logs"))
+        == [("x", files)]
+        == list(study.folders(tmp_path / "x.jsonl.gz"))
+    )
+
+
+def test_old_names_are_read_as_todays():
+    """Logs call y the reference: they stay as they are, and are read by the names of today."""
+    log = study.load(ROOT / "plots" / "logs" / "study-smollm2.jsonl.gz")["grao"][0]
+    assert len(log.curve("advantage/expert")[0]) == 40 and not len(log.curve("advantage/reference")[0])
+    assert log.after["expert_reward"].shape == log.after["logp_expert"].shape == (200,)
+    assert set(log.after["texts"][0]) == {"prompt", "expert", "completion"}
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["pack", "{logs}", "{there}"], "exists already"),
+        (["pack", "{logs}", "{there}", "--overwrite"], "leaves it alone"),
+        (["pack", "{logs}", "{new}.zip"], "jsonl.gz"),
+        (["unpack", "{there}", "{new}"], "is damaged"),
+        (["unpack", "{climbing}", "{new}"], "is no folder of logs"),
+        (["pack", "{new}", "{new}.jsonl.gz"], "neither a folder of logs"),
+        (["squeeze", "a", "b"], "squeeze"),
+    ],
+)
+def test_packing_refuses_in_one_line(whole, tmp_path, capsys, argv, said):
+    """A packed file of others must not write outside of its folder, nor pack over what is not ours."""
+    paths = {"logs": whole, "new": tmp_path / "new"}
+    paths |= {"there": tmp_path / "there.jsonl.gz", "climbing": tmp_path / "climbing.jsonl.gz"}
+    paths["there"].write_bytes(b"a letter")
+    line = {"folder": "../out", "config.json": {}}
+    paths["climbing"].write_bytes(gzip.compress(json.dumps(line).encode()))
+    assert exit_status(lambda: study.main([word.format(**paths) for word in argv])) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
+    assert paths["there"].read_bytes() == b"a letter" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["study-tiny", "study-smollm2", "study-hh"])
+def test_the_published_logs_give_the_published_tables(name, tmp_path):
+    """The results that stand in the repository are those of the logs beside them."""
+    logs = study.load(ROOT / "plots" / "logs" / f"{name}.jsonl.gz")
+    results = (ROOT / "plots" / "logs" / name / "figures" / "results.md").read_text()
+    assert tables.budgets(logs) in results and tables.comparison(logs) in results
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nosuch"])
+def test_a_notebooks_backend_breaks_no_figure(backend):
+    """Importing matplotlib fails where MPLBACKEND names a module that is not there, as a notebook may."""
+    code = "import plots.figures, matplotlib; print(matplotlib.get_backend())"
+    env = os.environ | {"MPLBACKEND": backend}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.stdout.strip().lower() == "agg", done.stderr
+
+
 def test_a_method_has_one_colour(whole):
-    assert len({figures.COLOURS[name] for name in suites.COMPARED}) == len(suites.COMPARED)
-    assert figures.colour("ppo-4") == figures.colour("ppo") and figures.colour(
-        "uniapl-lambda1"
-    ) == figures.colour("uniapl")
+    assert len({axes.COLOURS[name] for name in suites.COMPARED}) == len(suites.COMPARED)
+    assert axes.colour("ppo-4") == axes.colour("ppo") and axes.colour("uniapl-lambda1") == axes.colour(
+        "uniapl"
+    )
 
 
 def test_swapped_pairs(tmp_path):

@@ -1,5 +1,6 @@
 """The grid as data: every command line is one its program takes, budgets are equal, and the re-weighted
-ablation is the identity's."""
+ablation is the identity's.
+"""
 
 import dataclasses
 import json
@@ -13,7 +14,7 @@ from data.graded import graded_tasks
 from engine.command_line import parse
 from engine.settings import check_settings
 from minigrao import grao_loss, group_advantages
-from plots import compare, suites, sweep, tables
+from plots import compare, jobs, suites, sweep, words
 from reward import verifier
 
 FLAGS = ["--model", "m.gguf", "--reward", "a", "--judge-reward", "b"]
@@ -28,7 +29,7 @@ def places(args):
 def test_every_command_line_is_one_its_program_takes(suite, quick, tmp_path):
     args = compare.arguments(["--suite", suite, *FLAGS, "--sweeps", str(tmp_path)])
     for run in suites.grid(suite, quick=quick):
-        config = compare.settings_of(compare.words_of(run, args, places(args))[0])
+        config = jobs.settings_of(jobs.words_of(run, args, places(args))[0])
         assert config.seed == run.seed and config.steps <= 200
         if run.program == "uniapl.py":
             config.switch_lr = config.switch_lr or config.lr
@@ -46,15 +47,14 @@ def test_a_flag_that_does_not_exist_is_refused(monkeypatch, tmp_path):
     monkeypatch.setitem(suites.METHODS, "sft", ("baselines.py sft", "--no-such-flag 1", "sft"))
     args = compare.arguments(["--suite", "tiny"])
     with pytest.raises(UserError, match="no-such-flag"):
-        compare.settings_of(compare.words_of(suites.run("tiny", "sft", 0), args, places(args))[0])
+        jobs.settings_of(jobs.words_of(suites.run("tiny", "sft", 0), args, places(args))[0])
 
 
 @pytest.mark.parametrize("suite", suites.SUITES)
 def test_budgets_are_equal(suite):
     args = compare.arguments(["--suite", suite, *FLAGS])
     configs = {
-        run.name: compare.settings_of(compare.words_of(run, args, places(args))[0])
-        for run in suites.grid(suite)
+        run.name: jobs.settings_of(jobs.words_of(run, args, places(args))[0]) for run in suites.grid(suite)
     }
     assert (
         len(
@@ -76,7 +76,7 @@ def test_the_grid_has_what_the_study_asks_for():
     runs = suites.grid("tiny")
     assert len(set(runs)) == len(runs) and {run.name for run in runs} == set(suites.METHODS)
     assert sum(run.name == "grao" for run in runs) >= 10 and len(suites.SHARES) == 4
-    assert all(tables.label(name) != name for name in suites.METHODS if name not in ("dpo",))
+    assert all(words.label(name) != name for name in suites.METHODS if name not in ("dpo",))
     assert {run.name for run in suites.grid("smollm2", ["comparison"])} == set(suites.COMPARED)
     assert (
         max(run.seed for run in suites.grid("tiny", seeds=2)) == 1
@@ -96,32 +96,33 @@ def test_the_best_rate_of_a_sweep_is_taken_and_each_stage_takes_its_own(tmp_path
             '{"rows": [' + ", ".join(f'{{"lr": {lr}, "reward": {r}}}' for lr, r in rows) + "]}"
         )
     args = compare.arguments(["--suite", "tiny", "--sweeps", str(tmp_path)])
-    words, source = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
-    config = compare.settings_of(words)
+    words, source = jobs.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
+    config = jobs.settings_of(words)
     assert (
         (config.lr, config.switch_lr) == (2e-3, 1e-3)
         and "0.002: 0.400" in source
         and "sweep-tiny-grpo.json" in source
     )
-    assert compare.words_of(suites.run("tiny", "dpo", 0), args, places(args))[1] == "default"
+    assert jobs.words_of(suites.run("tiny", "dpo", 0), args, places(args))[1] == "default"
     args.flags = ["--lr", "3e-4"]  # wins over a sweep
-    words, source = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
-    config = compare.settings_of(words)
+    words, source = jobs.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
+    config = jobs.settings_of(words)
     assert (config.lr, config.switch_lr) == (3e-4, 1e-3) and source.startswith("given; sweep-tiny-grpo.json")
     args.flags = ["--lr=3e-4"]  # in either spelling
-    words, _ = compare.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
-    assert compare.settings_of(words).lr == 3e-4
+    words, _ = jobs.words_of(suites.run("tiny", "sft-grpo", 0), args, places(args))
+    assert jobs.settings_of(words).lr == 3e-4
     args.flags = []
 
     (tmp_path / "sweep-tiny-dpo.json").write_text("{}")
     with pytest.raises(UserError, match="sweep-tiny-dpo.json"):
-        compare.words_of(suites.run("tiny", "dpo", 0), args, places(args))
+        jobs.words_of(suites.run("tiny", "dpo", 0), args, places(args))
 
 
 @pytest.mark.parametrize("beta, lam", [(0.5, 0.6), (0.0, 0.3), (2.0, 1.2)])
 def test_the_equivalent_run_has_the_same_gradient_but_for_a_factor(beta, lam):
     """Eq. (3) is (1 + lam) times the objective without the regulariser at another beta, so a clip scaled
-    along clips it alike."""
+    along clips it alike.
+    """
     generator = torch.Generator().manual_seed(0)
     rewards, references = (
         torch.randint(0, 2, (5, 8), generator=generator).double(),

@@ -78,16 +78,40 @@ def test_finished_runs_make_a_table_from_their_last_ten_steps(tmp_path):
         {"lr": 3e-4, "steps": 4, "samples": 48, "reward": 0.5},
     ]
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == rows
-    again = ["grpo", "--runs", slow, "--last", "12", "--out", str(tmp_path / "t.json")]
-    assert exit_status(lambda: sweep.main(again)) == 2  # what stands there is not replaced unasked
-    (row,) = sweep.main([*again, "--overwrite"])
+    again = ["grpo", "--runs", slow, "--last", "12", "--out", str(tmp_path / "t.json"), "--overwrite"]
+    (row,) = sweep.main(again)
     assert row == {"lr": 1e-3, "steps": 15, "samples": 144, "reward": pytest.approx(2.5 / 12)}
-    assert (
-        exit_status(
-            lambda: sweep.main(["grpo", "--runs", slow, "--last", "0", "--out", str(tmp_path / "t.json")])
-        )
-        == 2
-    )
+
+
+def test_a_table_is_not_written_over_unasked(tmp_path, capsys):
+    """Hours of runs went into it; and what is no table of ours stays, even with --overwrite."""
+    table, letter = tmp_path / "table.json", tmp_path / "letter.json"
+    run = write_run(tmp_path / "run", "grpo", [0.25] * 3, 1e-3)
+    sweep.main(["grpo", "--runs", run, "--out", str(table)])
+    letter.write_text('{"dear": "reader"}')
+    for out, flags, said in ((table, [], "exists already"), (letter, ["--overwrite"], "leaves it alone")):
+        before = out.read_bytes()
+        argv = ["grpo", "--runs", run, "--out", str(out), *flags]
+        assert exit_status(lambda argv=argv: sweep.main(argv)) == 2 and out.read_bytes() == before
+        err = capsys.readouterr().err
+        assert said in err and len(err.splitlines()) == 1
+    assert sweep.main(["grpo", "--runs", run, "--out", str(table), "--overwrite"])[0]["steps"] == 3
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["grpo", "--lrs", "fast", "--out", "x"], "fast"),
+        (["nosuch", "--lrs", "1", "--out", "x"], "nosuch"),
+        (["grpo", "--runs", "x", "--last", "0", "--out", "x"], "--last 0"),
+        ([], "required"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, argv, said):
+    """argparse prints its usage in front of the error."""
+    assert exit_status(lambda: sweep.main(argv)) == 2
+    err = capsys.readouterr().err
+    assert said in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What training on the tiny tasks and the tiny model relies on. Nothing is sampled here: how well the model
 follows instructions is said, as measured, in data/make_tiny.py.
 
-    python -m pytest tests/test_tiny.py      # half a minute; most of it is the recipe, run twice for three steps
+    python -m pytest tests/test_tiny.py      # half a minute, most of it the recipe, run twice for three steps
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The loop as its users meet it: the real script, its run folder, resume, Ctrl-C, and everything a user can get wrong."""
+"""The loop as its users meet it: the script, its folder, resume, Ctrl-C, and what a user can get wrong."""
 
 import dataclasses
 import json
@@ -114,7 +114,7 @@ def test_script_trains_shows_and_saves(finished):
     samples = read_jsonl(out / "samples.jsonl")
     assert [s["step"] for s in samples] == [0] * 8 + [4] * 8 and {
         "prompt",
-        "reference",
+        "expert",
         "completion",
         "reward",
     } <= set(samples[0])
@@ -181,7 +181,9 @@ def test_one_step_moves_lora_b_and_nothing_else():
 
 
 def test_all_rewards_equal_give_no_gradient_and_no_nan():
-    """An answer cut at the limit earns 0; when all are cut, and the reference fails too, nothing must move, NaN least of all."""
+    """An answer cut at the limit earns 0. When all are cut, and the expert fails too, nothing must move, NaN
+    least of all.
+    """
     t = trainer(reward_fn=lambda prompts, completions, **columns: [0.0] * len(prompts))
     before = {n: p.detach().clone() for n, p in t.params.items() if "lora_B" in n}
     metrics = GRAO.update(t, t.next_records())
@@ -205,13 +207,13 @@ def test_records_left_out_for_their_length_are_replaced(tmp_path):
     t = trainer(
         "--data",
         tmp_path / "data.jsonl",
-        "--max-reference-tokens",
+        "--max-expert-tokens",
         10,
         "--steps",
         2,
         reward_fn=lambda prompts, **columns: [0.0] * len(prompts),
     )
-    assert len(t.records) == 6 and all(len(r["reference_ids"]) <= 10 for r in t.records + t.held_out)
+    assert len(t.records) == 6 and all(len(r["expert_ids"]) <= 10 for r in t.records + t.held_out)
 
 
 @pytest.mark.parametrize(
@@ -222,10 +224,10 @@ def test_learning_rate_schedule(kind, values):
 
 
 def test_report_by_hand():
-    one = {"prompt": "p", "reference": "r", "completion": "c", "tokens": 2, "truncated": False}
-    before = [one | {"reward": r, "reference_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
+    one = {"prompt": "p", "expert": "r", "completion": "c", "tokens": 2, "truncated": False}
+    before = [one | {"reward": r, "expert_reward": 1.0} for r in (0.0, 0.0, 1.0, 0.0)]
     one["completion"] = "d"  # the same text would be a tie, whatever it earned
-    after = [one | {"reward": r, "reference_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
+    after = [one | {"reward": r, "expert_reward": 1.0} for r in (1.0, 2.0, 0.0, 0.0)]
     assert summary(after)["reward"] == 0.75 and summary(after)["ras"] == {
         "win": 0.25,
         "tie": 0.25,
@@ -235,7 +237,7 @@ def test_report_by_hand():
     assert "0.250 / 0.250 / 0.500" in text and "+0.250 (0.500)" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Bad input: one line on stderr that names the thing, status 2, nothing written
 
 
@@ -342,7 +344,9 @@ def test_damaged_checkpoint(finished, tmp_path, capsys):
 
 
 def test_full_disk(tmp_path):
-    """A file-size limit of 100 kB stands for the full disk: the checkpoint does not fit, and no part of the run stays behind."""
+    """A file-size limit of 100 kB stands for the full disk: the checkpoint does not fit, and no part of the
+    run stays behind.
+    """
     limit = lambda: (
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
@@ -385,7 +389,7 @@ def test_log_line_that_does_not_fit_leaves_no_half(tmp_path, monkeypatch):
 def test_from_adapter_starts_where_the_other_run_ended(finished):
     out, _ = finished
     t = trainer("--from-adapter", out / "adapter")
-    prompts, answers = [t.records[0]["prompt_ids"]], [[t.records[0]["reference_ids"]]]
+    prompts, answers = [t.records[0]["prompt_ids"]], [[t.records[0]["expert_ids"]]]
     with torch.no_grad():
         policy, reference = (
             t.policy.token_logps(prompts, answers, role=role).logps for role in ("policy", "reference")

@@ -77,7 +77,8 @@ def assert_same_loss(loss, logps, mask, expected, rows):
     assert not gradient[~mask].any()
 
 
-# ------------------------------------------------------------------------------------------------------------ the parts
+# ----------------------------------------------------------------------------------------------------------
+# the parts
 
 
 def test_advantages_of_scores_by_hand():
@@ -188,7 +189,9 @@ def test_unified_is_the_sum_of_its_parts():
 
 
 def test_shaping_cancels_lambda_in_a_tied_group():
-    """Normalised together, the anchor has full strength wherever the rewards say nothing; normalised apart it keeps to lambda."""
+    """Normalised together, the anchor has full strength wherever the rewards say nothing; normalised apart it
+    keeps to lambda.
+    """
     D, tied = rand(1, G), torch.ones(1, G, dtype=torch.float64)
     shaped = [uniapl.grpo_advantages(tied + lam * D) for lam in (0.01, 0.1, 1.0)]
     for A in shaped:
@@ -214,7 +217,8 @@ def test_distinct_n_by_hand():
     assert uniapl.distinct([[[3], [3]]], 1, [3]) == {}  # NaN would not be JSON
 
 
-# ------------------------------------------------------------------------------------------------------------ the update
+# ----------------------------------------------------------------------------------------------------------
+# the update
 
 
 def parameters(t):
@@ -237,7 +241,9 @@ def parameters(t):
 )
 @pytest.mark.parametrize("tokens", (60, 10**6))
 def test_without_the_anchor_it_is_grpo_or_sft_exactly(flags, method, theirs, tokens):
-    """The same parameters after two steps, bit for bit: the discriminator watches and leaves no trace. Measuring the parts does not either."""
+    """The same parameters after two steps, bit for bit: the discriminator watches and leaves no trace.
+    Measuring the parts does not either.
+    """
     shared = ["--micro-batch-tokens", tokens, "--lr", 1e-2]
     ours, other = (
         trainer(*flags, *shared, "--parts-every", 2, "--discriminator", "embedding"),
@@ -252,7 +258,9 @@ def test_without_the_anchor_it_is_grpo_or_sft_exactly(flags, method, theirs, tok
 
 @pytest.mark.parametrize("variant", ("unified", "a-chord"))
 def test_the_step_is_the_gradient_of_uniapl_loss(variant):
-    """The update takes the parts one by one; here the three losses are put together in one graph from the same samples."""
+    """The update takes the parts one by one; here the three losses are put together in one graph from the
+    same samples.
+    """
     t = trainer(variant, "--mu", 0.3, "--lambda-adv", 0.7, "--quantize", "none")
     randomise(t)
     t.params = t.policy.trainable()
@@ -264,7 +272,7 @@ def test_the_step_is_the_gradient_of_uniapl_loss(variant):
     batch, (D, _) = seen["batch"], seen["D"]
     scored, expert = (
         t.policy.token_logps(batch.prompts, batch.completions),
-        t.policy.token_logps(batch.prompts, [[y] for y in batch.references]),
+        t.policy.token_logps(batch.prompts, [[y] for y in batch.experts]),
     )
     J = scored.logps.sum(-1) / scored.mask.sum(-1)  # (B, G)
 
@@ -293,7 +301,9 @@ def test_the_step_is_the_gradient_of_uniapl_loss(variant):
     ),
 )
 def test_gradient_does_not_depend_on_the_micro_batch(flags):
-    """Nor on whether the parts are measured apart. Denominators are the step's: means of means favour tokens in short company."""
+    """Nor on whether the parts are measured apart. Denominators are the step's: means of means favour tokens
+    in short company.
+    """
     runs = []
     for tokens, every in ((1, 1), (10**6, 3)):
         embedding = [] if "--discriminator" in flags else ["--discriminator", "embedding"]
@@ -445,7 +455,8 @@ def test_one_step_moves_the_policy_and_logs_what_is_defined(variant):
     } <= set(lines[1])
 
 
-# ------------------------------------------------------------------------------------------------------------ the script
+# ----------------------------------------------------------------------------------------------------------
+# the script
 
 FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
 EXTRA = [["--discriminator", "cotrained", "--discriminator-warmup", "1"], ["--variant", "chord", "--phi"]]
@@ -529,7 +540,9 @@ def test_script_with_a_discriminator_of_its_own(tmp_path, capsys, monkeypatch):
     ids=("cotrained", "switch", "polar"),
 )
 def test_resumed_is_the_run_that_never_stopped(flags, stop, tmp_path, monkeypatch):
-    """Over the warm-up and the switch; a polar discriminator comes from the checkpoint and is not trained again."""
+    """Over the warm-up and the switch; a polar discriminator comes from the checkpoint and is not trained
+    again.
+    """
     flags = [*SMALL, *FEW, *flags]
     assert train.main(UNIAPL, [*flags, "--out", str(tmp_path / "whole")]) == 0
 
@@ -565,7 +578,8 @@ def test_resumed_is_the_run_that_never_stopped(flags, stop, tmp_path, monkeypatc
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ----------------------------------------------------------------------------------------------------------
+# bad input
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""The benchmark's part on memory: the largest tensors of a step, the output head beside a dense one, a role's bytes, and the arithmetic for a GPU.
+"""The benchmark's part on memory: largest tensors, output heads, a role's bytes, the arithmetic for a GPU.
 
-`largest_tensors` watches every operation of a real step. `gpu_bytes` adds up what the same step holds on a GPU in NF4; nothing in it is measured
-except the activations of one layer, which are counted on the CPU (`kept_per_token`). An allocator's fragmentation comes on top.
+`largest_tensors` watches every operation of a real step. `gpu_bytes` adds up what the same step holds on a
+GPU in NF4; nothing in it is measured except the activations of one layer, which are counted on the CPU
+(`kept_per_token`). An allocator's fragmentation comes on top.
 """
 
 from pathlib import Path
@@ -19,14 +20,14 @@ QWEN3 = dict(
 )  # Qwen3-0.6B
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The largest tensors of a step
 
 
 class LargestTensors(TorchDispatchMode):
-    """Within it, the size in bytes of every storage that an operation returns, by dtype and shape of the tensor that it was first seen as.
+    """Within it, the size in bytes of every storage that an operation returns.
 
-    Storages in `known` do not count.
+    By dtype and shape of the tensor that it was first seen as. Storages in `known` do not count.
     """
 
     def __init__(self, known=()):
@@ -59,7 +60,7 @@ def largest_tensors(policy, update, n=5):
 
 
 def kept_per_token(policy, tokens=256, rows=8):
-    """Bytes that the backward pass of one layer keeps for a token: what gradient checkpointing computes again, a layer at a time."""
+    """Bytes that the backward pass of one layer keeps for a token: what checkpointing computes again."""
     prompt, completions = [5], [[7] * tokens for _ in range(rows)]
     weights, kept = {p.untyped_storage().data_ptr() for p in policy.hf.parameters()}, {}
 
@@ -77,15 +78,16 @@ def kept_per_token(policy, tokens=256, rows=8):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The arithmetic for a GPU
 
 
 def gpu_bytes(group, tokens, kept, prompt=64, trained=1, frozen=1, rank=16, shape=QWEN3):
-    """Bytes of one step on a GPU, weights in NF4 with double quantisation, by phase: {"rollout": {item: bytes}, "training": {...}}.
+    """Bytes of one step on a GPU, weights in NF4: {"rollout": {item: bytes}, "training": {...}}.
 
-    group samples and a reference answer as long as they; kept: bytes of activations per token in one layer, see kept_per_token; trained adapters
-    (policy, value function) have gradients and AdamW's two moments, frozen ones (a reward model) do not. The reference is the backbone.
+    group samples and an expert answer as long as they; kept: bytes of activations per token in one layer,
+    see kept_per_token; trained adapters (policy, value function) have gradients and AdamW's two moments,
+    frozen ones (a reward model) do not. The reference is the backbone.
     """
     L, D, I, V = shape["layers"], shape["width"], shape["inner"], shape["vocabulary"]
     q, kv = shape["heads"] * shape["head_dim"], shape["kv_heads"] * shape["head_dim"]
@@ -132,7 +134,8 @@ def gpu_table(kept, group=8):
         for name, trained in cases.items()
     }
     print(
-        f"\nArithmetic, not a measurement: Qwen3-0.6B, NF4, rank 16, G = {group}, policy + reference + reward model, MB"
+        f"\nArithmetic, not a measurement: Qwen3-0.6B, NF4, rank 16, G = {group}, "
+        "policy + reference + reward model, MB"
     )
     for phase in ("rollout", "training"):
         columns = [gpu_bytes(group, tokens, kept)[phase] for tokens in (512, 1024)]
@@ -158,7 +161,7 @@ def gpu_table(kept, group=8):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A role
 
 
@@ -184,7 +187,14 @@ def role_bytes(model):
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
+def show_role(model):
+    """role_bytes, printed."""
+    sizes = role_bytes(model)
+    print("one more role: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()))
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The output head
 
 
@@ -209,9 +219,12 @@ HEADS = {"chunked": chunked, "dense": dense}
 
 
 def peak_growth(task):
-    """(name, tokens, vocabulary, width) -> bytes by which this process's peak grows in one forward and backward pass of the head. Linux."""
-    name, tokens, *size = task
-    case = head_case(tokens, torch.bfloat16, *size)
+    """(name, tokens, dtype, vocabulary, width) -> bytes by which this process's peak grows. Linux.
+
+    In one forward and backward pass of the head.
+    """
+    name, tokens, dtype, *size = task
+    case = head_case(tokens, getattr(torch, dtype), *size)
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is held now
     before = peak_bytes()
     HEADS[name](*case)

@@ -1,4 +1,7 @@
-"""The benchmark's worker for this repository's side: one process, one case, a step at a time. Started by plots/bench.py."""
+"""The benchmark's worker for this repository's side: one process, one case, a step at a time.
+
+Started by plots.bench.
+"""
 
 import torch
 from safetensors.torch import save_file
@@ -13,23 +16,27 @@ from train import Trainer
 METHODS = baselines.METHODS | {"grao": GRAO}
 
 
+def settings(case):
+    """The case as settings of its method, with TRL's losses."""
+    given = dict(model=case["model"], data=case["data"], dtype=case["dtype"], device=case["device"])
+    given |= dict(quantize=case["quantize"], lora_rank=case["rank"], lora_alpha=2 * case["rank"])
+    given |= dict(prompts_per_step=len(case["prompts"]), group_size=max(2, case["group"]), steps=10**6)
+    given |= dict(lr=case["lr"], weight_decay=0.0, warmup_steps=0, max_new_tokens=case["tokens"])
+    given |= dict(gradient_checkpointing="on" if case["checkpointing"] else "off", eval_prompts=2)
+    if case["method"] == "grpo":
+        given |= dict(kl="k3_ratio", kl_coef=case["beta"], aggregate="token")
+    elif case["method"] == "dpo":
+        given |= dict(beta=case["beta"])
+    return given
+
+
 class Ours:
     """A Trainer whose records are the case's token ids."""
 
     def __init__(self, case):
         torch.set_num_threads(case["threads"])
-        name = case["method"]
-        method = METHODS[name]
-        theirs = {
-            "grpo": dict(kl="k3_ratio", kl_coef=case["beta"], aggregate="token"),
-            "dpo": dict(beta=case["beta"]),
-        }  # TRL's losses
-        config = check_settings(method.config(
-            model=case["model"], data=case["data"], steps=10**6, prompts_per_step=len(case["prompts"]), group_size=max(2, case["group"]),
-            max_new_tokens=case["tokens"], lr=case["lr"], lora_rank=case["rank"], lora_alpha=2 * case["rank"], weight_decay=0.0, warmup_steps=0,
-            dtype=case["dtype"], quantize=case["quantize"], device=case["device"], gradient_checkpointing="on" if case["checkpointing"] else "off",
-            eval_prompts=2, **theirs.get(name, {}),
-        ))  # fmt: skip
+        method = METHODS[case["method"]]
+        config = check_settings(method.config(**settings(case)))
         self.case, self.trainer = case, Trainer(method, config, alternate_rewards)
         self.policy = self.trainer.policy
         self.policy.eos_ids = [-1]  # no id ends an answer: lengths are forced
@@ -37,7 +44,7 @@ class Ours:
             {"prompt": "", "chosen": "", "prompt_ids": ids, "record_index": i}
             for i, ids in enumerate(case["prompts"])
         ]
-        for kind in ("reference_ids", "rejected_ids"):
+        for kind in ("expert_ids", "rejected_ids"):
             for record, ids in zip(self.records, case[kind]):
                 record[kind] = ids
         self.score, self.policy.token_logps = self.policy.token_logps, self.timed_logps
@@ -51,7 +58,10 @@ class Ours:
         return scored
 
     def step(self):
-        """One optimisation step -> seconds: total, rollout, scoring (log-probs without gradient), update (with it, and the optimiser)."""
+        """One optimisation step -> seconds: total, rollout, scoring, update.
+
+        Scoring are log-probs without gradient, the update those with it, and the optimiser.
+        """
         self.trainer.kept.clear()  # DPO scores the reference in its first pass over the data only
         self.scoring, start = 0.0, now()
         metrics = self.trainer.method.update(self.trainer, self.records)
@@ -66,7 +76,10 @@ class Ours:
         }
 
     def loss(self, adapter, completions, advantages, gradient):
-        """GRPO's loss on given completions, its gradient written to a file. The adapter is made here, away from LoRA's zeros, and saved."""
+        """GRPO's loss on given completions, its gradient written to a file.
+
+        The adapter is made here, away from LoRA's zeros, and saved.
+        """
         c, policy, G = self.trainer.config, self.policy, self.case["group"]
         generator = torch.Generator().manual_seed(0)
         for name, p in policy.trainable().items():

@@ -1,8 +1,10 @@
-"""The benchmark's worker for TRL's side: one process, one case, a step at a time. Started by plots/bench.py in an environment that holds trl 1.16.
+"""The benchmark's worker for TRL's side: one process, one case, a step at a time.
 
-TRL as it comes, output head fused with the loss, PEFT's LoRA on all linear layers, and these settings: weights in the case's precision (in bf16
-under bf16 autocast), a step as one batch, gradient checkpointing off unless the case asks for it (on is TRL's default: less memory, more time).
-Generation is its default without vLLM, transformers' `generate`. `train` runs in a thread and waits for the benchmark before every step.
+Started by plots.bench in an environment that holds trl 1.16. TRL as it comes, output head fused with the
+loss, PEFT's LoRA on all linear layers, and these settings: weights in the case's precision (in bf16 under
+bf16 autocast), a step as one batch, gradient checkpointing off unless the case asks for it (on is TRL's
+default: less memory, more time). Generation is its default without vLLM, transformers' `generate`. `train`
+runs in a thread and waits for the benchmark before every step.
 """
 
 import os
@@ -18,6 +20,8 @@ from transformers import AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from plots.bench.worker import alternate_rewards, now, peak_bytes, serve
+
+TIMES = 1000  # copies of the case's data, more than steps are taken
 
 
 class GRPOOnIds(GRPOTrainer):
@@ -43,67 +47,64 @@ class TRL(TrainerCallback):
         torch.set_num_threads(case["threads"])
         self.case, self.clock = case, {"rollout": 0.0, "scoring": 0.0}
         self.go, self.done, self.thread = queue.Queue(), queue.Queue(), None
-        prompts, B, bf16 = case["prompts"], len(case["prompts"]), case["dtype"] == "bfloat16"
-        shared = dict(
-            output_dir=tempfile.mkdtemp(),
-            max_steps=10**6,
-            learning_rate=case["lr"],
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            seed=0,
-            bf16=bf16,
-            gradient_checkpointing=case["checkpointing"],
-            report_to="none",
-            logging_strategy="no",
-            save_strategy="no",
-            disable_tqdm=True,
-            shuffle_dataset=False,
-            use_cpu=case["device"] == "cpu",
-            model_init_kwargs={"dtype": case["dtype"]},
-            dataloader_pin_memory=False,
-        )
+        make = {"grpo": self.grpo, "sft": self.sft, "dpo": self.dpo}[case["method"]]
         lora = LoraConfig(
             task_type="CAUSAL_LM", r=case["rank"], lora_alpha=2 * case["rank"], target_modules="all-linear"
         )
         tokenizer = AutoTokenizer.from_pretrained(case["model"])
-        rest = dict(model=case["model"], processing_class=tokenizer, peft_config=lora, callbacks=[self])
-        times = 1000
-        if case["method"] == "grpo":
-            config = GRPOConfig(
-                **shared,
-                per_device_train_batch_size=B * case["group"],
-                num_generations=case["group"],
-                max_completion_length=case["tokens"],
-                beta=case["beta"],
-                temperature=1.0,
-                generation_kwargs={"min_new_tokens": case["tokens"]},
-            )
-            GRPOOnIds.case, GRPOOnIds.clock = case, self.clock
-            self.trainer = GRPOOnIds(
-                args=config,
-                reward_funcs=alternate_rewards,
-                train_dataset=Dataset.from_list([{"prompt": str(i)} for i in range(B)] * times),
-                **rest,
-            )
-        elif case["method"] == "sft":
-            rows = [
-                {"input_ids": p + a, "completion_mask": [0] * len(p) + [1] * len(a)}
-                for p, a in zip(prompts, case["reference_ids"])
-            ]
-            config = SFTConfig(
-                **shared, per_device_train_batch_size=B, max_length=None, completion_only_loss=True
-            )
-            self.trainer = SFTTrainer(args=config, train_dataset=Dataset.from_list(rows * times), **rest)
-        else:
-            rows = [
-                {"prompt_ids": p, "chosen_ids": a, "rejected_ids": r}
-                for p, a, r in zip(prompts, case["reference_ids"], case["rejected_ids"])
-            ]
-            del shared["shuffle_dataset"]
-            config = DPOConfig(**shared, per_device_train_batch_size=B, max_length=None, beta=case["beta"])
-            self.trainer = DPOOnIds(args=config, train_dataset=Dataset.from_list(rows * times), **rest)
+        given = dict(model=case["model"], processing_class=tokenizer, peft_config=lora, callbacks=[self])
+        self.trainer = make(given)
 
-    # -- steps, in TRL's own loop ---------------------------------------------------------------------------------------------------
+    def settings(self):
+        """What all three of TRL's configs are given."""
+        case = self.case
+        given = dict(output_dir=tempfile.mkdtemp(), max_steps=10**6, seed=0, bf16=case["dtype"] == "bfloat16")
+        given |= dict(learning_rate=case["lr"], lr_scheduler_type="constant", weight_decay=0.0)
+        given |= dict(gradient_checkpointing=case["checkpointing"], use_cpu=case["device"] == "cpu")
+        given |= dict(report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True)
+        given |= dict(dataloader_pin_memory=False, model_init_kwargs={"dtype": case["dtype"]})
+        return given
+
+    def grpo(self, given):
+        case, B = self.case, len(self.case["prompts"])
+        config = GRPOConfig(
+            **self.settings(),
+            shuffle_dataset=False,
+            per_device_train_batch_size=B * case["group"],
+            num_generations=case["group"],
+            max_completion_length=case["tokens"],
+            beta=case["beta"],
+            temperature=1.0,
+            generation_kwargs={"min_new_tokens": case["tokens"]},
+        )
+        GRPOOnIds.case, GRPOOnIds.clock = case, self.clock
+        data = Dataset.from_list([{"prompt": str(i)} for i in range(B)] * TIMES)
+        return GRPOOnIds(args=config, reward_funcs=alternate_rewards, train_dataset=data, **given)
+
+    def sft(self, given):
+        rows = []
+        for prompt, answer in zip(self.case["prompts"], self.case["expert_ids"]):
+            mask = [0] * len(prompt) + [1] * len(answer)
+            rows.append({"input_ids": prompt + answer, "completion_mask": mask})
+        config = SFTConfig(
+            **self.settings(),
+            shuffle_dataset=False,
+            per_device_train_batch_size=len(rows),
+            max_length=None,
+            completion_only_loss=True,
+        )
+        return SFTTrainer(args=config, train_dataset=Dataset.from_list(rows * TIMES), **given)
+
+    def dpo(self, given):
+        case, rows = self.case, []
+        for prompt, chosen, rejected in zip(case["prompts"], case["expert_ids"], case["rejected_ids"]):
+            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+        config = DPOConfig(
+            **self.settings(), per_device_train_batch_size=len(rows), max_length=None, beta=case["beta"]
+        )
+        return DPOOnIds(args=config, train_dataset=Dataset.from_list(rows * TIMES), **given)
+
+    # -- steps, in TRL's own loop
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         forward = model.forward
@@ -142,10 +143,13 @@ class TRL(TrainerCallback):
         self.go.put(None)
         return self.done.get()
 
-    # -- the same loss on the same samples -------------------------------------------------------------------------------------------
+    # -- the same loss on the same samples
 
     def loss(self, adapter, completions, advantages, gradient):
-        """GRPO's loss on given completions under a saved adapter, its gradient written to a file. completions: one list of ids each, equally long."""
+        """GRPO's loss on given completions under a saved adapter, its gradient written to a file.
+
+        completions: one list of ids each, equally long.
+        """
         trainer, model = self.trainer, self.trainer.model
         set_peft_model_state_dict(model, load_file(os.path.join(adapter, "adapter_model.safetensors")))
         prompt = torch.tensor([p for p in self.case["prompts"] for _ in range(self.case["group"])])

@@ -1,4 +1,7 @@
-"""What the benchmark's workers share. Nothing of the product is imported here: TRL's worker runs in an environment of its own."""
+"""What the benchmark's workers share.
+
+Nothing of the product is imported here: TRL's worker runs in an environment of its own.
+"""
 
 import json
 import os
@@ -12,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def alternate_rewards(prompts, completions, **columns):
-    """0, 1, 0, 1, ... whatever was sampled: every group has the same advantages on both sides, and none is tied."""
+    """0, 1, 0, 1, ... whatever was sampled: both sides have the same advantages, and no group is tied."""
     return [float(i % 2) for i in range(len(completions))]
 
 
@@ -26,7 +29,7 @@ def now():
 
 
 def peak_bytes():
-    """Largest memory of this process so far: what the GPU's allocator gave out, or on a CPU the resident set (VmHWM; Linux)."""
+    """Largest memory of this process so far: of the GPU's allocator, or the resident set (VmHWM; Linux)."""
     import torch
 
     if torch.cuda.is_available():
@@ -38,7 +41,10 @@ def peak_bytes():
 
 
 def serve(side):
-    """In a worker: answer the parent's requests, one JSON line each. The first is the case, the others name a method of side(case)."""
+    """In a worker: answer the parent's requests, one JSON line each.
+
+    The first is the case, the others name a method of side(case).
+    """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to stderr
     served = None
