@@ -345,7 +345,7 @@ def test_swapped_pairs(tmp_path):
 
 
 def test_the_no_skill_floor_stands_under_the_tables_of_logs_that_have_it(whole):
-    """The table showed a trained policy at the height of "I like {topic} very much.", and nobody could see it."""
+    """A trained policy stood at the height of "I like {topic} very much.", and no table showed it."""
     logs = study.load(whole)
     assert "No-skill floor" not in tables.comparison(logs) + tables.quality(logs) + tables.ablations(logs)
     for seeds in logs.values():
