@@ -73,8 +73,7 @@ from engine.scoring import ChunkedLogProb, Pack, Scored, lora_forward, packing_e
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-# Completion tokens in one forward and backward pass: 8 samples of 512 and an expert answer; see
-# Policy.in_passes.
+# Completion tokens in one pass: 8 samples of 512 and an expert answer; see Policy.in_passes.
 PASS_TOKENS = 4608
 
 
@@ -135,12 +134,9 @@ class Policy:
         source = find_model(model)
         options = dict(dtype=dtype, attn_implementation="sdpa")
         if quantize == "nf4":
-            options["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
+            nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+            nf4 = transformers.BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+            options["quantization_config"] = nf4
             options["device_map"] = {"": device}
         causal = transformers.AutoModelForCausalLM
         tokenizer, hf, missing = load_model(causal, source, f"model {model}", "causal LM", **options)
@@ -181,9 +177,7 @@ class Policy:
                     fill(saved_names(self.peft, "reference"), tensors)
             plain = all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
             if not plain or isinstance(self.peft.get_output_embeddings(), LoraLayer):
-                raise ValueError(
-                    "only plain LoRA on the linear layers is supported, and none on the output head"
-                )
+                raise ValueError("only plain LoRA on the linear layers is supported, none on the head")
         except DEVICE_ERRORS:
             raise
         except Exception as error:  # PEFT's for layers that it does not find or cannot wrap, and ours
@@ -286,8 +280,7 @@ class Policy:
     @contextlib.contextmanager
     def role(self, name: str) -> Iterator[None]:
         """Within the block forward passes are those of "policy", "reference", "backbone" (no adapter), or a
-        role of add_role; restored on the way out, by an exception too. With gradient checkpointing the
-        backward pass computes forward again: it belongs into the same block.
+        role of add_role. With gradient checkpointing the backward pass belongs into the same block.
         """
         before = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
         adapters = {"policy": "default", "reference": self.reference_adapter, "backbone": None}

@@ -31,7 +31,6 @@ from pathlib import Path
 from data import UserError
 from engine.command_line import answer_early, choose_command, exit_status, parse
 from engine.settings import check_settings, same, setting
-from engine.user_rewards import checked_rewards, load_function
 
 
 @dataclass
@@ -151,6 +150,7 @@ from engine.pairs import pairs_to_measure, read_samples
 from engine.report import bracket, print_samples, report_pairs
 from engine.settings import check_ranges
 from engine.unfinished import ScorerFolder
+from engine.user_rewards import checked_rewards, load_function
 from policy import Policy
 from reward_model import Judge, RoleScorer, load_scorer, score_pairs, train_reward_model, verdict
 
@@ -160,9 +160,16 @@ __all__ = ["bradley_terry_loss", "checked_rewards", "nag", "ras", "verifier"]  #
 # Rewards
 
 
-def verifier(prompts, completions, constraints, truncated=None, min_words=None, about=None, **columns):
-    """1.0 for a completion that meets all its constraints, ended by itself, and is no hack; else 0.0 ->
-    list[float].
+def verifier(
+    prompts: list,
+    completions: list,
+    constraints: list,
+    truncated: list | None = None,
+    min_words: list | None = None,
+    about: list | None = None,
+    **columns,
+) -> list[float]:
+    """1.0 for a completion that meets all its constraints, ended by itself, and is no hack; else 0.0.
 
     constraints: one list per completion; truncated: one bool per completion, True where the length limit cut
     it; min_words, about: see hack(), one per completion. UserError names an unknown constraint or a wrong
@@ -248,7 +255,7 @@ class ModelReward:
         return rewards.tolist()
 
 
-def load_model_reward(config, policy):
+def load_model_reward(config, policy: Policy) -> Callable:
     """--reward DIR|HUB-NAME, pairwise:DIR|HUB-NAME or judge:MODEL -> reward function, on `policy`'s backbone
     where it is the same.
     """
@@ -356,7 +363,7 @@ def print_position(cases, judge):
 COMMANDS = {"score": score_command, "judge": judge_command}
 
 
-def main(argv):
+def main(argv: list[str]) -> int:
     """python reward.py train|score|judge [flags] -> exit status, see engine.command_line.exit_status."""
     return exit_status(lambda: run(argv), stopped="stopped; nothing was written")
 

@@ -49,7 +49,7 @@ class RoleScorer:
         return group_scores(self.policy, self.role, ids, answers, self.most)
 
 
-def tokenizer_print(tokenizer):
+def tokenizer_print(tokenizer) -> str:
     """Equal for tokenizers that turn every conversation into the same ids, as far as vocabulary and chat
     template tell.
     """
@@ -58,7 +58,7 @@ def tokenizer_print(tokenizer):
     ).hexdigest()[:16]
 
 
-def find_scorer(name):
+def find_scorer(name: str) -> Path:
     """The directory of a reward model, a hub one downloaded if needed; UserError if there is none."""
     if not Path(name).is_dir() and (str(name).count("/") != 1 or str(name)[0] in "./~"):
         raise UserError(f"reward model {name}: no such directory, and not a hub name (owner/name)")
@@ -95,28 +95,23 @@ def load_scorer(
             f"reward model {name}: was trained with another tokenizer or chat template than that of {base}; "
             "train it again"
         )
-    weights = parameters.values() if shared else policy.hf.parameters()
-    size = sum(p.numel() * p.element_size() for p in weights)
-    note = (
-        f"reward model {name}: {'on the same backbone' if shared else 'with a backbone of its own'}, {base}"
-    )
-    note += f", {size / 2**20:.1f} MiB"
+    held = parameters.values() if shared else policy.hf.parameters()
+    size = sum(p.numel() * p.element_size() for p in held)
+    backbone = "on the same backbone" if shared else "with a backbone of its own"
+    said = f"reward model {name}: {backbone}, {base}, {size / 2**20:.1f} MiB"
     if quantize != ("nf4" if getattr(policy.hf, "is_loaded_in_4bit", False) else "none"):
-        note += f"; it was trained with --quantize {quantize}, so scores here are a little different"
-    print(note, file=sys.stderr)
+        said += f"; it was trained with --quantize {quantize}, so scores here are a little different"
+    print(said, file=sys.stderr)
     return RoleScorer(policy, role, most)
 
 
 def read_about(directory, name):
-    """A saved reward model -> its base (a name for Policy.load), its quantisation, its tokenizer's print or
-    None.
-    """
+    """A saved reward model -> its base (as Policy.load takes it), its quantisation, its tokenizer's print."""
     about = directory / "reward_model.json"
     try:
-        base = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))[
-            "base_model_name_or_path"
-        ]
+        config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         info = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        base = config["base_model_name_or_path"]
         quantize, tokenizer = info.get("settings", {}).get("quantize", "none"), info.get("tokenizer")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
@@ -186,8 +181,7 @@ class Judge:
     @torch.no_grad()
     def log_odds(self, prompts, answers, experts):
         """(N, 2): log p(verdict for the answer) - log p(for the expert answer), nats, with the answer as A
-        and
-        as B. And the mean probability of A or B.
+        and as B. And the mean probability of A or B.
         """
         asked = [
             self.question(*x) for p, o, y in zip(prompts, answers, experts) for x in ((p, o, y), (p, y, o))
@@ -224,7 +218,7 @@ class Judge:
         return rewards
 
 
-def verdict(row):
+def verdict(row: torch.Tensor) -> float:
     """log-odds of the two orders (2,) -> +1.0, -1.0, or 0.0 where they disagree or one is undecided."""
     return float(row[0] > 0 and row[1] > 0) - float(row[0] < 0 and row[1] < 0)
 

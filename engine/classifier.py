@@ -112,5 +112,5 @@ def refuse_longer(tokens: int, context: int, prompt: str | list) -> None:
         raise UserError(
             f"the prompt {shown_prompt(prompt)} and its answer have {tokens} tokens, beyond the context of "
             f"{context}; "
-            "leave such records out (--max-prompt-tokens, --max-reference-tokens, --max-tokens)"
+            "leave such records out (--max-prompt-tokens, --max-expert-tokens, --max-tokens)"
         )

@@ -73,7 +73,7 @@ def last_rewards(settings, lines, last):
 def read_run(method, path):
     """(settings, lines that speak of samples) of a finished run; UserError for what is no run of `method`."""
     try:
-        config = json.loads((path / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         name, settings = config["method"], dict(config["settings"])
         settings = dataclasses.asdict(METHODS[name].config(**settings))
         lines = [line for line in read_jsonl(path / "metrics.jsonl") if "reward/mean" in line]

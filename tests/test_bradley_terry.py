@@ -91,9 +91,8 @@ def test_the_seed_decides_and_the_size_of_a_pass_does_not(load):
         for o in (dict(seed=0), dict(seed=0), dict(seed=0, max_tokens_per_pass=1), dict(seed=1))
     )
     assert all(map(torch.equal, a, b)) and not all(map(torch.equal, a, d))
+    # Normalised by the batch, not by the pass; Adam's first steps are signs, so a residue may move more.
     for x, y in zip(a, c):
-        # normalised by the batch, not by the pass; Adam's first steps are signs, so a rounding residue may
-        # move more
         torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
 
 
@@ -143,8 +142,8 @@ def test_the_best_parameters_are_kept_and_patience_ends_it(load):
             [0.66, 0.60, 0.65, 0.66],
             3,
         ),  # what was best is left behind by a higher accuracy
-        # and then one that had been passed over may be the best: 0.79 leaves 0.745 behind, and 0.775 has
-        # less loss than it
+        # and then one that had been passed over may be the best: 0.79 leaves 0.745 behind, and 0.775 has less
+        # loss than it
         ([0.745, 0.775, 0.79, 0.6], [0.50, 0.55, 0.70, 0.9], 2),
     ],
 )

@@ -266,12 +266,14 @@ def test_two_that_convert_one_file_do_so_once(gguf, monkeypatch):
         ([], "required"),
         (["sing", "x", "--model", "tiny", "--out", "y"], "invalid choice"),
         (["merge", "nowhere", "--model", "tiny", "--out", "OUT"], "needs adapter_config.json"),
-        (["merge", "nowhere", "--model", "tiny", "--out", "."], "exists already"),
+        (["merge", "nowhere", "--model", "tiny", "--out", "HERE"], "exists"),
     ),
 )
 def test_policy_py_says_what_is_wrong_in_one_line(argv, words, tmp_path, capsys):
     """It printed argparse's usage, several lines without a word about the remedy."""
-    argv = [str(tmp_path / "out") if word == "OUT" else word for word in argv]
+    (tmp_path / "notes.txt").write_text("of the user")
+    places = {"OUT": str(tmp_path / "out"), "HERE": str(tmp_path)}
+    argv = [places.get(word, word) for word in argv]
     assert policy_module.main(argv) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1

@@ -13,95 +13,21 @@ import conftest
 import pytest
 import torch
 import transformers
-from conftest import CHATML, END_OF_TEXT, dense_logps, randomise_all, write_model, write_tokenizer
+from conftest import dense_logps, randomise_all, write_model, write_tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tokenizers import processors
+from test_classifier import PROMPTS, write_classifier
 
 import policy as policy_module
 import reward
 import reward_model
 import train
-from data import load_records, messages
+from data import load_records
 from engine.record import read_jsonl
 from engine.settings import check_settings
 from minigrao import GRAO
 
 ROOT = Path(__file__).parents[1]
-CLASSIFIER = dict(
-    vocab_size=len(conftest.WORDS),
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-)
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Sequence classifiers of the hub
-
-
-def write_classifier(directory, labels=1, pad=0, template=CHATML, bos=False, **changes):
-    """A random Qwen3ForSequenceClassification with tokenizer. bos: its tokenizer puts one in front of every
-    text, as Llama's.
-    """
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(**CLASSIFIER | changes, num_labels=labels, pad_token_id=pad)
-    model = transformers.Qwen3ForSequenceClassification(config)
-    model.save_pretrained(directory)
-    write_tokenizer(directory, template)
-    if bos:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)]
-        )
-        tokenizer.save_pretrained(directory)
-    return model.eval()
-
-
-PROMPTS = [
-    "list 3 animals",
-    [
-        {"role": "user", "content": "cat"},
-        {"role": "assistant", "content": "dog w20"},
-        {"role": "user", "content": "w3 w4 w5"},
-    ],
-]
-ANSWERS = [["cat dog", "w7 w8 w9 w10", "cat"], ["w11", "list list list"]]
-
-
-@pytest.mark.parametrize("pad", [0, None])
-@pytest.mark.parametrize("most", [1, 50, 4096])
-def test_a_classifiers_score_is_transformers_own(pad, most, tmp_path):
-    model = write_classifier(tmp_path, pad=pad)
-    scorer = reward_model.load_scorer(str(tmp_path), most=most, device="cpu", dtype="float32")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for prompt, group, row in zip(PROMPTS, ANSWERS, scorer(PROMPTS, ANSWERS), strict=True):
-        for answer, score in zip(group, row, strict=True):
-            turns = messages.messages(prompt) + [{"role": "assistant", "content": answer}]
-            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
-            assert (
-                score == pytest.approx(model(ids).logits.item(), abs=1e-5)
-                and scorer.tokens(prompt, answer) == ids.shape[1]
-            )
-
-
-def test_bos_is_not_doubled(tmp_path):
-    """Llama's template writes BOS, and its tokenizer writes it again in front of the templated text."""
-    write_classifier(tmp_path, template="<|endoftext|> " + CHATML, bos=True)
-    scorer = reward_model.load_scorer(str(tmp_path), device="cpu", dtype="float32")
-    assert scorer.tokenizer.encode("cat")[0] == END_OF_TEXT
-    assert scorer.encode("cat", "dog").count(END_OF_TEXT) == 1
-
-
-def test_without_a_template_a_pair_of_texts_is_scored(tmp_path):
-    write_classifier(tmp_path, template=None)
-    scorer = reward_model.load_scorer(str(tmp_path), device="cpu", dtype="float32")
-    assert scorer.encode("cat w3", "dog") == scorer.tokenizer("cat w3", "dog")["input_ids"]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -457,6 +383,8 @@ def test_models_that_are_no_reward_models(trained, load, model_dir, tmp_path, ca
 
     def edited(name, file, change):
         shutil.copytree(out, tmp_path / name)
+        if name == "moved":
+            (tmp_path / name / "reward_model.json").unlink()  # it knows that the base is the embedded model
         content = json.loads((tmp_path / name / file).read_text())
         change(content)
         (tmp_path / name / file).write_text(json.dumps(content))
