@@ -459,6 +459,7 @@ def test_one_step_moves_the_policy_and_logs_what_is_defined(variant):
 # the script
 
 FILES = {"config.json", "metrics.jsonl", "samples.jsonl", "checkpoint.safetensors", "adapter", "curves.png"}
+FILES |= {"report.txt"}
 EXTRA = [["--discriminator", "cotrained", "--discriminator-warmup", "1"], ["--variant", "chord", "--phi"]]
 
 
@@ -466,7 +467,9 @@ EXTRA = [["--discriminator", "cotrained", "--discriminator-warmup", "1"], ["--va
 def test_every_variant_trains_and_saves(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["uniapl.py"])
     assert uniapl.command_line([*SMALL, *FEW, *flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    trained = {"discriminator"} if settings["discriminator"] == "polar" else set()  # it stays with the run
+    assert {p.name for p in (tmp_path / "run").iterdir()} == FILES | trained
     lines = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2] and "eval/reward" in lines[2]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["method"] == "uniapl"
