@@ -344,20 +344,9 @@ def test_swapped_pairs(tmp_path):
     )
 
 
-def test_the_no_skill_floor_stands_under_the_tables_of_logs_that_have_it(whole):
-    """A trained policy stood at the height of "I like {topic} very much.", and no table showed it."""
-    logs = study.load(whole)
-    assert "No-skill floor" not in tables.comparison(logs) + tables.quality(logs) + tables.ablations(logs)
-    for seeds in logs.values():
-        for log in seeds.values():
-            log.after["floor_reward"] = np.full(PROMPTS, 0.125)
-    for table in (tables.comparison, tables.quality, tables.ablations):
-        assert "No-skill floor, the best of a few constant answers: 0.125." in table(logs)
-
-
 def test_scores_of_one_text_in_two_batches_are_ties_in_the_tables(whole):
     logs = study.load(whole)
     log = logs["grao"][0]
-    log.after["reward"] = log.after["reference_reward"] = log.before["reward"] = np.linspace(-1, 1, PROMPTS)
+    log.after["reward"] = log.after["expert_reward"] = log.before["reward"] = np.linspace(-1, 1, PROMPTS)
     log.after["reward"] = log.after["reward"] + 1e-7
     assert study.matrix(logs, "grao", "ras", [0]).sum() == study.matrix(logs, "grao", "nag", [0]).sum() == 0
