@@ -317,8 +317,8 @@ def test_a_command_ends_with_the_losses_of_the_cpu(ran, name):
     cuda, cpu = ran[name]["cuda"], ran[name]["cpu"]
     assert cuda["status"] == cpu["status"] == 0
     assert len(cuda["lines"]) == len(cpu["lines"]) >= 2
-    # PPO's numbers are over the four updates of a step, and AdamW's first steps are signs: where a gradient is
-    # near 0, the two devices' rounding moves a parameter by a whole step in either direction.
+    # PPO's numbers are over the four updates of a step, and AdamW's first steps are signs: where a gradient
+    # is near 0, the two devices' rounding moves a parameter by a whole step in either direction.
     near = 1e-3 if name == "ppo" else 1e-4
     for ours, theirs in zip(cuda["lines"], cpu["lines"]):
         for metric in ("loss", "grad_norm"):
