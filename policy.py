@@ -15,7 +15,6 @@ is 1 before an update.
 
 import contextlib
 import json
-import logging
 import math
 import os
 import shutil
@@ -43,8 +42,6 @@ if __name__ == "__main__":
     answer(merge_flags)  # --help and mistyped flags: the imports below take seconds
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# On import bitsandbytes reports a missing optional CPU kernel.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402

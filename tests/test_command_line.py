@@ -37,6 +37,15 @@ def test_flags_are_answered_without_importing_torch(program, flags, status):
     assert (len(said), process.stdout == "") == ((0, False) if status == 0 else (1, True))
 
 
+def test_imports_are_silent():
+    """Whether bitsandbytes' note on a missing kernel reached the user hung on the order of imports."""
+    modules = "uniapl, discriminator, engine.scoring"
+    process = subprocess.run(
+        [sys.executable, "-c", f"import {modules}"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
+
+
 def test_a_value_out_of_its_range_is_said_before_torch_is_imported():
     process = subprocess.run(
         [sys.executable, "-X", "importtime", "minigrao.py", "--group-size", "1"],
