@@ -455,6 +455,7 @@ def test_script_trains_and_saves(name, tmp_path):
         "checkpoint.safetensors",
         "adapter",
         "curves.png",
+        "report.txt",
     }
     assert [line["step"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 2, 3]
     assert (
